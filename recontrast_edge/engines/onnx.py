@@ -1,0 +1,151 @@
+"""ONNX Runtime on the CPU: the engine every machine has.
+
+    with OnnxEngine(Path("model.onnx")) as engine:
+        scores = engine.infer([image]).scores
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from recontrast_edge.engines import Inference
+from recontrast_edge.errors import ModelError
+from recontrast_edge.onnxfile import SPEC_KEY, graph_sha256, read_metadata
+from recontrast_edge.preprocess import Image, preprocess
+from recontrast_edge.scoring import (
+    INPUT_NAME,
+    MAP_NAME,
+    SCORE_NAME,
+    VIEWS,
+    fold_maps,
+    image_scores,
+    level_distances,
+    reconstruction_name,
+    target_name,
+)
+from recontrast_edge.spec import ModelSpec
+
+
+class OnnxEngine:
+    """A ``map`` or ``features`` graph of ours under ONNX Runtime.
+
+    Args:
+        path: the ``.onnx`` file, with the spec in its metadata.
+        threads: CPU threads of one inference; None lets ONNX Runtime choose.
+
+    Raises:
+        ModelError: missing, damaged, not a model of ours, or inputs and outputs that do not fit its spec.
+    """
+
+    def __init__(self, path: Path, *, threads: int | None = None) -> None:
+        self.path = path
+        metadata = read_metadata(path)
+        if SPEC_KEY not in metadata:
+            raise ModelError(
+                f"{path}: an ONNX file, but no recontrast-edge model (metadata {SPEC_KEY!r} is missing); "
+                "make one with `recontrast-edge export`"
+            )
+        self.spec = ModelSpec.loads(metadata[SPEC_KEY], where=str(path))
+        self.sha256 = graph_sha256(path)
+        self._session = self._open(path, threads)
+        self._outputs = self._check_outputs()
+
+    @property
+    def name(self) -> str:
+        import onnxruntime
+
+        return f"ONNX Runtime {onnxruntime.__version__} (CPU)"
+
+    @staticmethod
+    def _open(path: Path, threads: int | None) -> Any:
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        if threads is not None:
+            options.intra_op_num_threads = threads
+        options.log_severity_level = 4
+        try:
+            return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        # ONNX Runtime raises a family of its own types and RuntimeError, with no common public base.
+        except Exception as error:
+            raise ModelError(f"{path}: ONNX Runtime cannot load it ({_first_line(error)}); export it again") from None
+
+    def _check_outputs(self) -> list[str]:
+        width, height = self.spec.input.size_wh
+        inputs = {node.name: node.shape for node in self._session.get_inputs()}
+        outputs = {node.name: node.shape for node in self._session.get_outputs()}
+        if list(inputs) != [INPUT_NAME] or list(inputs[INPUT_NAME][1:]) != [3, height, width]:
+            raise ModelError(f"{self.path}: expected one input {INPUT_NAME!r} of (N, 3, {height}, {width}), got {inputs}")
+        if set(outputs) == {MAP_NAME, SCORE_NAME}:
+            return [MAP_NAME, SCORE_NAME]
+        names: list[str] = []
+        for view in range(VIEWS):
+            for level, level_spec in enumerate(self.spec.levels):
+                level_width, level_height = self.spec.level_wh(level)
+                for tensor in (target_name(view, level), reconstruction_name(view, level)):
+                    expected = [level_spec.channels, level_height, level_width]
+                    if list(outputs.get(tensor, [None])[1:]) != expected:
+                        raise ModelError(
+                            f"{self.path}: expected output {tensor!r} of (N, {', '.join(map(str, expected))}), got "
+                            f"{outputs.get(tensor, 'none')}; graph and spec do not belong together, export it again"
+                        )
+                    names.append(tensor)
+        return names
+
+    def infer(self, images: Sequence[Image]) -> Inference:
+        """See ``Engine.infer``."""
+        if self._session is None:
+            raise ModelError(f"{self.path}: the engine is closed")
+        width, height = self.spec.input.size_wh
+        maps = np.empty((len(images), height, width), np.float32)
+        scores = np.empty(len(images), np.float32)
+        stage_s = {"preprocess": 0.0, "infer": 0.0}
+        # One at a time: a batch is no faster on a CPU, and this way the numbers cannot depend on it.
+        for index, image in enumerate(images):
+            start = time.perf_counter()
+            tensor = preprocess(image, self.spec.input)[None]
+            prepared = time.perf_counter()
+            try:
+                results = self._session.run(self._outputs, {INPUT_NAME: tensor})
+            except Exception as error:
+                raise ModelError(f"{self.path}: inference failed ({_first_line(error)})") from None
+            if len(results) == 2:
+                maps[index] = results[0][0, 0]
+                scores[index] = results[1][0]
+            else:
+                maps[index], scores[index] = self._score(results)
+            stage_s["preprocess"] += prepared - start
+            stage_s["infer"] += time.perf_counter() - prepared
+        return Inference(maps, scores, {stage: seconds * 1e3 for stage, seconds in stage_s.items()})
+
+    def _score(self, features: list[Any]) -> tuple[Any, Any]:
+        levels = len(self.spec.levels)
+        pairs = [
+            [(features[2 * (view * levels + level)], features[2 * (view * levels + level) + 1]) for level in range(levels)]
+            for view in range(VIEWS)
+        ]
+        scoring = self.spec.scoring
+        anomaly = fold_maps(level_distances(pairs), self.spec.input.size_wh, scoring.blur_sigma)
+        return anomaly[0], image_scores(anomaly, scoring)[0]
+
+    def close(self) -> None:
+        """See ``Engine.close``."""
+        self._session = None
+
+    def __enter__(self) -> OnnxEngine:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0][:300] if str(error) else type(error).__name__

@@ -1,0 +1,148 @@
+"""Image files in and out, with every broken kind refused by name.
+
+    image = read_image(Path("part.png"))  # (H, W) or (H, W, 3) BGR uint8
+
+Pillow decodes, because it raises on truncated files where OpenCV returns half an image, and handles CMYK, palettes
+and 16 bits by rule.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from recontrast_edge.errors import InputError, OutputError
+from recontrast_edge.preprocess import Image
+
+IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".pgm", ".ppm"})
+
+MAX_PIXELS = 400_000_000
+"""Larger files are refused before they are decoded: nothing on a line makes them, and they would fill the memory."""
+
+
+def _decode(path: Path) -> Any:
+    from PIL import Image as Pil
+    from PIL import ImageOps, UnidentifiedImageError
+
+    if not path.exists():
+        raise InputError(f"{path}: no such image")
+    if path.is_dir():
+        raise InputError(f"{path}: is a folder, expected an image file")
+    try:
+        if path.stat().st_size == 0:
+            raise InputError(f"{path}: the file is empty (0 bytes)")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Pil.DecompressionBombWarning)
+            with Pil.open(path) as picture:
+                width, height = picture.size
+                if width * height > MAX_PIXELS:
+                    raise InputError(f"{path}: {width}x{height} is more than {MAX_PIXELS} pixels; crop it first")
+                picture.load()
+                return ImageOps.exif_transpose(picture)
+    except InputError:
+        raise
+    except UnidentifiedImageError:
+        raise InputError(f"{path}: not an image that can be read (expected one of {', '.join(sorted(IMAGE_SUFFIXES))})") from None
+    except Pil.DecompressionBombError:
+        raise InputError(f"{path}: more than {MAX_PIXELS} pixels; crop it first") from None
+    except MemoryError:
+        raise InputError(f"{path}: too large for the memory of this machine") from None
+    # Pillow's decoders raise several types on damaged files; all of them mean the same to the user.
+    except (OSError, ValueError, SyntaxError, EOFError, IndexError, TypeError, ArithmeticError) as error:
+        raise InputError(f"{path}: the image is damaged or cut off ({error})") from None
+
+
+def read_image(path: Path) -> Image:
+    """Read an image as the pipeline expects it.
+
+    Grey stays mono; colour, palette and CMYK become BGR; an alpha channel is dropped; 16-bit values keep their high
+    byte, so 0..65535 maps to 0..255.
+
+    Returns:
+        (H, W) or (H, W, 3) BGR, uint8, C-contiguous.
+
+    Raises:
+        InputError: missing, empty, truncated, not an image, or too large.
+    """
+    picture = _decode(path)
+    mode = picture.mode
+    if mode in ("1", "L", "LA", "La"):
+        return np.ascontiguousarray(picture.convert("L"), dtype=np.uint8)
+    if mode.startswith("I;16"):
+        return np.ascontiguousarray(np.asarray(picture).astype(np.uint16) >> 8, dtype=np.uint8)
+    if mode == "I":
+        values = np.asarray(picture)
+        if values.min() < 0 or values.max() > 65535:
+            raise InputError(f"{path}: 32-bit values outside 0..65535; convert it to 8 or 16 bits")
+        return np.ascontiguousarray(values >> 8, dtype=np.uint8)
+    if mode == "F":
+        raise InputError(f"{path}: floating-point image; convert it to 8 or 16 bits")
+    rgb = np.asarray(picture.convert("RGB"), dtype=np.uint8)
+    return np.ascontiguousarray(rgb[:, :, ::-1])
+
+
+def read_mask(path: Path) -> NDArray[np.bool_]:
+    """Read a ground-truth mask: everything that is not 0 (not the palette's index 0 for palette files) is defect.
+
+    Returns:
+        (H, W) bool.
+    """
+    picture = _decode(path)
+    values = np.asarray(picture)
+    if values.ndim == 3:
+        # Alpha of an opaque mask says nothing.
+        channels = values[:, :, :3] if values.shape[2] >= 3 else values[:, :, :1]
+        values = channels.max(axis=2)
+    mask: NDArray[np.bool_] = values != 0
+    return mask
+
+
+def write_image(path: Path, image: Image) -> None:
+    """Write a PNG or JPEG, complete or not at all.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
+    import cv2
+
+    ok, data = cv2.imencode(path.suffix, image)
+    if not ok:
+        raise OutputError(f"{path}: this image cannot be encoded as {path.suffix}")
+    with atomic_write(path) as file:
+        file.write(data.tobytes())
+
+
+@contextmanager
+def atomic_write(path: Path) -> Iterator[IO[bytes]]:
+    """A file that appears under its name only when it is complete: temporary file beside it, fsync, rename.
+
+    Raises:
+        OutputError: it cannot be written (missing folder, permission, full disk); nothing is left behind.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+    except OSError as error:
+        raise OutputError(f"{path}: cannot write here ({error.strerror or error})") from None
+    temporary = Path(name)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise OutputError(f"{path}: cannot write ({error.strerror or error})") from None
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,201 @@
+"""The model spec: everything needed to reproduce a verdict, frozen, versioned and checked.
+
+    spec = ModelSpec.loads(Path("model.json").read_text(), where="model.json")
+
+The spec travels as an envelope ``{"spec": {...}, "sha256": "..."}`` in ``model.json`` (beside the weights) and
+in the ONNX file's ``metadata_props``. The digest is over the canonical JSON of the spec, so that a spec changed
+by hand is noticed. It guards against mistakes, not against an attacker, who could recompute it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from recontrast_edge.errors import ModelError
+
+SPEC_FORMAT = "recontrast-edge.spec"
+SPEC_VERSION = 1
+
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Positive = Annotated[int, Field(gt=0, le=16384)]
+Fraction = Annotated[float, Field(gt=0.0, lt=1.0)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class Roi(_Frozen):
+    """A rectangle of the source image, in source pixels; only this part is judged."""
+
+    x: Annotated[int, Field(ge=0)]
+    y: Annotated[int, Field(ge=0)]
+    width: Positive
+    height: Positive
+
+
+class InputSpec(_Frozen):
+    """How a camera image becomes the network's input.
+
+    source -> ROI -> resize (stretch, antialiased bilinear) to ``resize_wh`` -> centre crop to ``size_wh`` -> channel
+    order -> ``(value / 255 - mean) / std``.
+    """
+
+    size_wh: tuple[Positive, Positive]
+    """Network input (width, height) in pixels; a multiple of the deepest stride."""
+    resize_wh: tuple[Positive, Positive]
+    """Size (width, height) before the centre crop; equal to ``size_wh`` where nothing is cropped."""
+    resize_rule: Literal["antialiased-bilinear"] = "antialiased-bilinear"
+    colour: Literal["rgb", "bgr"] = "rgb"
+    """Channel order that the network expects. Mono images are repeated to three channels."""
+    mean: tuple[Finite, Finite, Finite]
+    """Per channel in ``colour`` order, on the 0..1 scale."""
+    std: tuple[Finite, Finite, Finite]
+    roi: Roi | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> InputSpec:
+        if any(s <= 0 for s in self.std):
+            raise ValueError(f"std must be positive, got {self.std}")
+        if self.resize_wh[0] < self.size_wh[0] or self.resize_wh[1] < self.size_wh[1]:
+            raise ValueError(f"resize_wh {self.resize_wh} is smaller than the crop size_wh {self.size_wh}")
+        return self
+
+
+class Level(_Frozen):
+    """One of the feature levels that are compared, finest first."""
+
+    stride: Positive
+    channels: Positive
+
+
+class Scoring(_Frozen):
+    """From feature distances to map and score."""
+
+    blur_sigma: Annotated[float, Field(ge=0.0, le=64.0)] = 4.0
+    """Gaussian sigma in input pixels; radius ``int(4 * sigma + 0.5)``, reflected borders; 0 is no blur."""
+    rule: Literal["max", "top"] = "max"
+    """Image score: maximum of the map, or mean of its largest ``top_fraction``."""
+    top_fraction: Fraction = 0.01
+
+
+class Threshold(_Frozen):
+    """Where REJECT begins (``score > value``), and what it promises."""
+
+    value: Finite
+    max_false_reject_rate: Fraction | None = None
+    """Promised upper bound of the share of good parts rejected; None for a threshold set by hand."""
+    confidence: Fraction | None = None
+    """Probability, over the draw of the calibration images, that the promise holds."""
+    n_good: Annotated[int, Field(ge=0)] = 0
+    """Good images the threshold was derived from."""
+    data: str = ""
+    """Name of the folder or list the images came from (no absolute path)."""
+    data_sha256: Sha256 | None = None
+    """Digest over the images' digests, in name order."""
+    engine_sha256: Sha256 | None = None
+    """``Engine.sha256`` of the engine that scored them; a threshold of another engine is refused."""
+    method: Literal["order-statistic", "manual"] = "order-statistic"
+
+
+class Training(_Frozen):
+    """Where the weights come from."""
+
+    recipe: dict[str, Any] = Field(default_factory=dict)
+    """Every resolved training option."""
+    data: str = ""
+    n_images: Annotated[int, Field(ge=0)] = 0
+    data_sha256: Sha256 | None = None
+    iterations: Annotated[int, Field(ge=0)] = 0
+    software: dict[str, str] = Field(default_factory=dict)
+
+
+class ModelSpec(_Frozen):
+    """The spec of one trained model."""
+
+    format: Literal["recontrast-edge.spec"] = SPEC_FORMAT
+    version: Literal[1] = SPEC_VERSION
+    class_name: Annotated[str, Field(min_length=1, max_length=200)]
+    backbone: Annotated[str, Field(min_length=1, max_length=100)]
+    input: InputSpec
+    levels: Annotated[tuple[Level, ...], Field(min_length=1, max_length=8)]
+    scoring: Scoring = Scoring()
+    threshold: Threshold | None = None
+    weights_sha256: Sha256
+    """Digest of the ``model.safetensors`` this model was exported from."""
+    training: Training = Training()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ModelSpec:
+        strides = [level.stride for level in self.levels]
+        if strides != sorted(set(strides)):
+            raise ValueError(f"level strides must rise, got {strides}")
+        width, height = self.input.size_wh
+        # The bottleneck halves the deepest level once more.
+        deepest = 2 * strides[-1]
+        if width % deepest or height % deepest:
+            raise ValueError(f"input {width}x{height} is not a multiple of {deepest}, twice the deepest stride")
+        return self
+
+    def level_wh(self, level: int) -> tuple[int, int]:
+        """Feature width and height of a level."""
+        stride = self.levels[level].stride
+        return self.input.size_wh[0] // stride, self.input.size_wh[1] // stride
+
+    def with_threshold(self, threshold: Threshold | None) -> ModelSpec:
+        return self.model_copy(update={"threshold": threshold})
+
+    def dumps(self) -> str:
+        """The spec in its envelope, as JSON text."""
+        body = self.model_dump(mode="json")
+        return json.dumps({"spec": body, "sha256": _digest(body)}, indent=2, sort_keys=True) + "\n"
+
+    @classmethod
+    def loads(cls, text: str | bytes, *, where: str) -> ModelSpec:
+        """Parse and check an envelope.
+
+        Args:
+            text: what ``dumps`` wrote.
+            where: name of the file, for messages.
+
+        Raises:
+            ModelError: not JSON, no envelope, newer version, edited, or values out of range.
+        """
+        try:
+            envelope = json.loads(text)
+        except (ValueError, UnicodeDecodeError, RecursionError) as error:
+            raise ModelError(f"{where}: the spec is not valid JSON ({error}); export or train the model again") from None
+        if not isinstance(envelope, dict) or set(envelope) != {"spec", "sha256"} or not isinstance(envelope["spec"], dict):
+            raise ModelError(f'{where}: expected a spec envelope {{"spec": ..., "sha256": ...}}; this is not a recontrast-edge spec')
+        body = envelope["spec"]
+        if body.get("format") != SPEC_FORMAT:
+            raise ModelError(f"{where}: expected format {SPEC_FORMAT!r}, got {body.get('format')!r}; not a recontrast-edge spec")
+        version = body.get("version")
+        if not isinstance(version, int) or isinstance(version, bool) or version < 1:
+            raise ModelError(f"{where}: spec version {version!r} is not a positive whole number")
+        if version > SPEC_VERSION:
+            raise ModelError(
+                f"{where}: spec version {version} is newer than this software reads ({SPEC_VERSION}); upgrade recontrast-edge"
+            )
+        if envelope["sha256"] != _digest(body):
+            raise ModelError(
+                f"{where}: the spec was changed after it was written (its sha256 does not match). Change a threshold with "
+                "`recontrast-edge calibrate`, anything else by training or exporting again"
+            )
+        try:
+            # JSON mode lets arrays stand for tuples; strictness of scalars stays.
+            return cls.model_validate_json(json.dumps(body))
+        except ValidationError as error:
+            first = error.errors()[0]
+            field = ".".join(str(part) for part in first["loc"]) or "spec"
+            raise ModelError(f"{where}: spec field {field}: {first['msg']}; export or train the model again") from None
+
+
+def _digest(body: dict[str, Any]) -> str:
+    canonical = json.dumps(body, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(canonical.encode()).hexdigest()
