@@ -1,0 +1,66 @@
+"""The command line. ``recontrast-edge --help`` must stay fast: modules here import typer and errors, nothing else,
+until a command runs.
+
+    python -m recontrast_edge --help
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+
+import typer
+
+from recontrast_edge.errors import EXIT_INTERRUPTED, RecontrastError
+
+app = typer.Typer(
+    name="recontrast-edge",
+    help="ReContrast anomaly detection for production lines: train, export, and judge every frame on the edge.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from recontrast_edge import __version__
+
+        typer.echo(f"recontrast-edge {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version and exit."),
+) -> None:
+    pass
+
+
+def _register() -> None:
+    from recontrast_edge.cli import commands  # noqa: F401 - registers on import
+
+
+def main() -> None:
+    """Entry point: run the command and end with the documented exit code (``docs/exit-codes.md``)."""
+    _register()
+    try:
+        app()
+    except RecontrastError as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        typer.echo("interrupted", err=True)
+        sys.exit(EXIT_INTERRUPTED)
+    except BrokenPipeError:
+        # The reader of our output went away (`| head`); that is its right. The null device keeps the interpreter's
+        # own last flush from failing again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    except Exception:
+        traceback.print_exc()
+        typer.echo("error: this is a defect in recontrast-edge; please report it with the lines above", err=True)
+        sys.exit(RecontrastError.exit_code)
