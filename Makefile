@@ -1,0 +1,68 @@
+# make demo    install the runtime into an environment of its own and watch frames being judged
+# make test    lint, types and all tests, in an environment with everything they need
+# make lint    the first two of these only
+# make docs    write the generated pages of docs/ again
+# make clean   remove everything made here
+#
+# PYTHON=python3.12        the interpreter to use, 3.10 or newer
+# TORCH_SPEC=torch==2.13.0 what `pip` installs as PyTorch for the tests. The tests need no GPU, but the default index may
+#                          hold the CUDA build for Linux, which is some GB; PyTorch's own index has a small CPU build:
+#                          PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make test
+# ARGS="--frames 60"       more options for `recontrast-edge demo` (make demo) or `pytest` (make test)
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint docs clean
+.DELETE_ON_ERROR:
+
+CANDIDATES := python3 python3.13 python3.12 python3.11 python3.10
+PYTHON ?= $(shell for python in $(CANDIDATES); do \
+	$$python -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null && echo $$python && break; done)
+TORCH_SPEC ?= torch==2.13.0
+
+DEMO_VENV := build/venv-demo
+TEST_VENV := build/venv-test
+RUNTIME := $(shell find recontrast_edge train export -type f -not -name '*.pyc')
+BUILD := pyproject.toml CMakeLists.txt README.md LICENSE
+
+help:
+	@sed -n 's/^# \{0,1\}//p; /^$$/q' Makefile
+
+demo: $(DEMO_VENV)/installed
+	$(DEMO_VENV)/bin/recontrast-edge demo $(ARGS)
+
+test: lint
+	$(TEST_VENV)/bin/python -m pytest $(ARGS)
+
+lint: $(TEST_VENV)/installed
+	$(TEST_VENV)/bin/ruff check
+	$(TEST_VENV)/bin/ruff format --check
+	$(TEST_VENV)/bin/mypy
+
+docs: $(TEST_VENV)/installed
+	$(TEST_VENV)/bin/python -m recontrast_edge.cli.reference > build/cli.md && mv build/cli.md docs/cli.md
+	$(TEST_VENV)/bin/python -m recontrast_edge.errors > build/exit-codes.md && mv build/exit-codes.md docs/exit-codes.md
+
+clean:
+	rm -rf build dist demo-output .mypy_cache .pytest_cache .ruff_cache .hypothesis
+
+# The demo runs what people get from `pip install .`, so it is installed again when a source file changes.
+$(DEMO_VENV)/installed: $(BUILD) $(RUNTIME)
+	$(call venv,$(DEMO_VENV))
+	$(DEMO_VENV)/bin/python -m pip install .
+	@touch $@
+
+# The tests run against the checkout, so only a change of the dependencies installs anything.
+$(TEST_VENV)/installed: $(BUILD)
+	$(call venv,$(TEST_VENV))
+	$(TEST_VENV)/bin/python -m pip install '$(TORCH_SPEC)' --editable '.[train,export,dev]'
+	@touch $@
+
+define venv
+@test -n '$(PYTHON)' || { echo 'error: expected Python 3.10 or newer as one of: $(CANDIDATES); found none.' \
+	'Install one, or name it: make PYTHON=/path/to/python3' >&2; exit 1; }
+@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo 'error: expected Python 3.10 or newer,' \
+	"got $$($(PYTHON) --version 2>&1); name another: make PYTHON=/path/to/python3" >&2; exit 1; }
+@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo 'error: $(PYTHON) cannot make environments;' \
+	'on Debian and Ubuntu install it: sudo apt-get install python3-venv' >&2; exit 1; }
+@test -x $(1)/bin/python || $(PYTHON) -m venv $(1)
+endef
