@@ -25,7 +25,7 @@ RUNTIME := $(shell find recontrast_edge train export -type f -not -name '*.pyc')
 BUILD := pyproject.toml CMakeLists.txt README.md LICENSE
 
 help:
-	@sed -n 's/^# \{0,1\}//p; /^$$/q' Makefile
+	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
 
 demo: $(DEMO_VENV)/installed
 	$(DEMO_VENV)/bin/recontrast-edge demo $(ARGS)

@@ -1,6 +1,6 @@
 """What travels through the pipeline: frames in, judgements out.
 
-    frame = Frame(frame_id=0, source="part.png", image=image, captured_s=time.monotonic())
+frame = Frame(frame_id=0, source="part.png", image=image, captured_s=time.monotonic())
 """
 
 from __future__ import annotations

@@ -50,7 +50,8 @@ def _decode(path: Path) -> Any:
     except InputError:
         raise
     except UnidentifiedImageError:
-        raise InputError(f"{path}: not an image that can be read (expected one of {', '.join(sorted(IMAGE_SUFFIXES))})") from None
+        formats = ", ".join(sorted(IMAGE_SUFFIXES))
+        raise InputError(f"{path}: not an image that can be read (expected one of {formats})") from None
     except Pil.DecompressionBombError:
         raise InputError(f"{path}: more than {MAX_PIXELS} pixels; crop it first") from None
     except MemoryError:
@@ -141,7 +142,7 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
         umask = os.umask(0)
         os.umask(umask)
         temporary.chmod(0o666 & ~umask)
-        os.replace(temporary, path)
+        temporary.replace(path)
     except OSError as error:
         raise OutputError(f"{path}: cannot write ({error.strerror or error})") from None
     finally:

@@ -2,8 +2,8 @@
 
     metadata = read_metadata(Path("model.onnx"))["recontrast_edge.spec"]
 
-The runtime must read a model's spec and write a threshold into it on machines that have no onnx package. An ONNX file is one
-protobuf message; its top-level fields are walked, ``metadata_props`` (field 14 of ModelProto in onnx.proto) are
+The runtime must read a model's spec and write a threshold into it on machines that have no onnx package. An ONNX file
+is one protobuf message; its top-level fields are walked, ``metadata_props`` (field 14 of ModelProto in onnx.proto) are
 decoded, and all other bytes are kept as they are.
 """
 

@@ -87,7 +87,7 @@ def gaussian_matrix(length: int, sigma: float) -> Matrix:
 
 @lru_cache(maxsize=256)
 def fold_matrix(source: int, target: int, sigma: float) -> Matrix:
-    """Upsampling and blur of one axis in one matrix: ``gaussian_matrix(target) @ align_corners_matrix(source, target)``.
+    """Upsampling and blur of one axis in one: ``gaussian_matrix(target) @ align_corners_matrix(source, target)``.
 
     Returns:
         (target, source), read-only; banded: see ``Band``.

@@ -17,8 +17,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from recontrast_edge.errors import ModelError
 
-SPEC_FORMAT = "recontrast-edge.spec"
-SPEC_VERSION = 1
+SPEC_FORMAT: Literal["recontrast-edge.spec"] = "recontrast-edge.spec"
+SPEC_VERSION: Literal[1] = 1
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Positive = Annotated[int, Field(gt=0, le=16384)]
@@ -169,23 +169,24 @@ class ModelSpec(_Frozen):
         try:
             envelope = json.loads(text)
         except (ValueError, UnicodeDecodeError, RecursionError) as error:
-            raise ModelError(f"{where}: the spec is not valid JSON ({error}); export or train the model again") from None
-        if not isinstance(envelope, dict) or set(envelope) != {"spec", "sha256"} or not isinstance(envelope["spec"], dict):
-            raise ModelError(f'{where}: expected a spec envelope {{"spec": ..., "sha256": ...}}; this is not a recontrast-edge spec')
-        body = envelope["spec"]
+            raise ModelError(f"{where}: the spec is not valid JSON ({error}); export or train again") from None
+        body = envelope.get("spec") if isinstance(envelope, dict) and set(envelope) == {"spec", "sha256"} else None
+        if not isinstance(body, dict):
+            raise ModelError(f'{where}: expected {{"spec": {{...}}, "sha256": "..."}}; not a recontrast-edge spec')
         if body.get("format") != SPEC_FORMAT:
-            raise ModelError(f"{where}: expected format {SPEC_FORMAT!r}, got {body.get('format')!r}; not a recontrast-edge spec")
+            raise ModelError(f"{where}: expected spec format {SPEC_FORMAT!r}, got {body.get('format')!r}")
         version = body.get("version")
         if not isinstance(version, int) or isinstance(version, bool) or version < 1:
             raise ModelError(f"{where}: spec version {version!r} is not a positive whole number")
         if version > SPEC_VERSION:
             raise ModelError(
-                f"{where}: spec version {version} is newer than this software reads ({SPEC_VERSION}); upgrade recontrast-edge"
+                f"{where}: spec version {version} is newer than this software reads ({SPEC_VERSION}); "
+                "upgrade recontrast-edge"
             )
         if envelope["sha256"] != _digest(body):
             raise ModelError(
-                f"{where}: the spec was changed after it was written (its sha256 does not match). Change a threshold with "
-                "`recontrast-edge calibrate`, anything else by training or exporting again"
+                f"{where}: the spec was changed after it was written (its sha256 does not match). Change a threshold "
+                "with `recontrast-edge calibrate`, anything else by training or exporting again"
             )
         try:
             # JSON mode lets arrays stand for tuples; strictness of scalars stays.

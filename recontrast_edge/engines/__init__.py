@@ -46,10 +46,13 @@ class Engine(Protocol):
 
     spec: ModelSpec
     path: Path
-    name: str
-    """Library, version and device, for people."""
     sha256: str
     """Identity of graph and weights; a threshold is bound to it."""
+
+    @property
+    def name(self) -> str:
+        """Library, version and device, for people."""
+        ...
 
     def infer(self, images: Sequence[Image]) -> Inference:
         """Judge a batch of images (uint8, (H, W) mono or (H, W, 3) BGR; sizes may differ).

@@ -1,7 +1,7 @@
 """ONNX Runtime on the CPU: the engine every machine has.
 
-    with OnnxEngine(Path("model.onnx")) as engine:
-        scores = engine.infer([image]).scores
+with OnnxEngine(Path("model.onnx")) as engine:
+    scores = engine.infer([image]).scores
 """
 
 from __future__ import annotations
@@ -81,7 +81,8 @@ class OnnxEngine:
         inputs = {node.name: node.shape for node in self._session.get_inputs()}
         outputs = {node.name: node.shape for node in self._session.get_outputs()}
         if list(inputs) != [INPUT_NAME] or list(inputs[INPUT_NAME][1:]) != [3, height, width]:
-            raise ModelError(f"{self.path}: expected one input {INPUT_NAME!r} of (N, 3, {height}, {width}), got {inputs}")
+            expected = f"one input {INPUT_NAME!r} of (N, 3, {height}, {width})"
+            raise ModelError(f"{self.path}: expected {expected}, got {inputs}; export it again")
         if set(outputs) == {MAP_NAME, SCORE_NAME}:
             return [MAP_NAME, SCORE_NAME]
         names: list[str] = []
@@ -89,10 +90,10 @@ class OnnxEngine:
             for level, level_spec in enumerate(self.spec.levels):
                 level_width, level_height = self.spec.level_wh(level)
                 for tensor in (target_name(view, level), reconstruction_name(view, level)):
-                    expected = [level_spec.channels, level_height, level_width]
-                    if list(outputs.get(tensor, [None])[1:]) != expected:
+                    shape = [level_spec.channels, level_height, level_width]
+                    if list(outputs.get(tensor, [None])[1:]) != shape:
                         raise ModelError(
-                            f"{self.path}: expected output {tensor!r} of (N, {', '.join(map(str, expected))}), got "
+                            f"{self.path}: expected output {tensor!r} of (N, {', '.join(map(str, shape))}), got "
                             f"{outputs.get(tensor, 'none')}; graph and spec do not belong together, export it again"
                         )
                     names.append(tensor)
@@ -126,10 +127,9 @@ class OnnxEngine:
 
     def _score(self, features: list[Any]) -> tuple[Any, Any]:
         levels = len(self.spec.levels)
-        pairs = [
-            [(features[2 * (view * levels + level)], features[2 * (view * levels + level) + 1]) for level in range(levels)]
-            for view in range(VIEWS)
-        ]
+        # In the order of ``_check_outputs``: view, level, then target and reconstruction.
+        flat = list(zip(features[0::2], features[1::2], strict=True))
+        pairs = [flat[view * levels : (view + 1) * levels] for view in range(VIEWS)]
         scoring = self.spec.scoring
         anomaly = fold_maps(level_distances(pairs), self.spec.input.size_wh, scoring.blur_sigma)
         return anomaly[0], image_scores(anomaly, scoring)[0]
