@@ -1,0 +1,53 @@
+"""Fixtures that several test folders share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from recontrast_edge.onnxfile import SPEC_KEY, graph_sha256, replace_metadata
+from recontrast_edge.scoring import INPUT_NAME, MAP_NAME, SCORE_NAME
+from recontrast_edge.spec import InputSpec, Level, ModelSpec, Threshold
+
+TINY_SIZE = 32
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model file whose map is the brightest channel on the 0..1 scale and whose score is the map's maximum.
+
+    Input 32x32, threshold 0.5: a 32x32 image with a pixel over 127 is rejected.
+    """
+    onnx = pytest.importorskip("onnx", reason="the onnx package builds this fixture")
+    helper, float32 = onnx.helper, onnx.TensorProto.FLOAT
+    graph = helper.make_graph(
+        [
+            helper.make_node("ReduceMax", [INPUT_NAME], [MAP_NAME], axes=[1], keepdims=1),
+            helper.make_node("ReduceMax", [MAP_NAME], [SCORE_NAME], axes=[1, 2, 3], keepdims=0),
+        ],
+        "tiny",
+        [helper.make_tensor_value_info(INPUT_NAME, float32, ["N", 3, TINY_SIZE, TINY_SIZE])],
+        [
+            helper.make_tensor_value_info(MAP_NAME, float32, ["N", 1, TINY_SIZE, TINY_SIZE]),
+            helper.make_tensor_value_info(SCORE_NAME, float32, ["N"]),
+        ],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    path = tmp_path_factory.mktemp("tiny") / "tiny.onnx"
+    onnx.save(model, path)
+    spec = ModelSpec(
+        class_name="tiny",
+        backbone="none",
+        input=InputSpec(
+            size_wh=(TINY_SIZE, TINY_SIZE),
+            resize_wh=(TINY_SIZE, TINY_SIZE),
+            mean=(0.0, 0.0, 0.0),
+            std=(1.0, 1.0, 1.0),
+        ),
+        levels=(Level(stride=4, channels=3),),
+        threshold=Threshold(value=0.5, method="manual", engine_sha256=graph_sha256(path)),
+        weights_sha256="0" * 64,
+    )
+    replace_metadata(path, {SPEC_KEY: spec.dumps()})
+    return path
