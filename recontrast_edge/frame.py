@@ -29,6 +29,7 @@ class Frame:
         part_id: trigger or part number, where the source has one.
         deadline_s: when its verdict must be there, same clock.
         fault: code of what is wrong with the frame itself (``docs/artifacts.md`` lists them), else None.
+        detail: a sentence for people about ``fault``.
         truth: known answer, from sources that know it.
         truth_mask: (H, W) bool, defect pixels, from sources that know it.
     """
@@ -40,6 +41,7 @@ class Frame:
     part_id: str | None = None
     deadline_s: float | None = None
     fault: str | None = None
+    detail: str | None = None
     truth: Truth | None = None
     truth_mask: NDArray[np.bool_] | None = None
 
