@@ -91,7 +91,11 @@ def read_image(path: Path) -> Image:
 
 
 def read_mask(path: Path) -> NDArray[np.bool_]:
-    """Read a ground-truth mask: everything that is not 0 (not the palette's index 0 for palette files) is defect.
+    """Read a ground-truth mask.
+
+    Files with grey levels, which lossy compression and smooth edges put into masks, count as defect from half of full
+    scale on, as in the published evaluations. Files whose values all stay below that, and palette files, hold class
+    numbers: everything but 0 is defect.
 
     Returns:
         (H, W) bool.
@@ -102,7 +106,9 @@ def read_mask(path: Path) -> NDArray[np.bool_]:
         # Alpha of an opaque mask says nothing.
         channels = values[:, :, :3] if values.shape[2] >= 3 else values[:, :, :1]
         values = channels.max(axis=2)
-    mask: NDArray[np.bool_] = values != 0
+    half = 128 if values.max() <= 255 else 32768
+    grey = picture.mode not in ("1", "P") and values.max() >= half
+    mask: NDArray[np.bool_] = values >= half if grey else values != 0
     return mask
 
 

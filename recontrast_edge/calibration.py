@@ -1,0 +1,219 @@
+"""A threshold with a promise: at most a share R of good parts is rejected, with confidence C.
+
+    calibration = calibrate(scores_of_held_out_good_images, max_false_reject_rate=0.01, confidence=0.95)
+
+The threshold is an order statistic of the scores of n good images that training has not seen. With the k-th smallest,
+x_(k), the share of future good parts above it is at most R with probability ``P[Binomial(n, 1 - R) <= k - 1]``,
+exactly for continuous scores and at least that with ties, whatever the distribution (Wilks, "Determination of sample
+sizes for setting tolerance limits", Annals of Mathematical Statistics 12, 1941). The smallest k that reaches C is
+taken, so that no more defects pass than the promise costs. The images must be drawn as future parts will be: several
+photographs of one part count as one, and a change of light or camera voids the promise.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from recontrast_edge.binomial import cumulative
+from recontrast_edge.datasets import Sample, combined_sha256, file_sha256
+from recontrast_edge.errors import CalibrationError, ModelError, UsageError
+from recontrast_edge.evaluation import Scorer, score_samples
+from recontrast_edge.onnxfile import SPEC_KEY, replace_metadata
+from recontrast_edge.spec import ModelSpec, Threshold
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """A threshold and what it promises.
+
+    Attributes:
+        value: REJECT is ``score > value``.
+        max_false_reject_rate: R, the promised bound of the share of good parts rejected.
+        confidence: C, the probability, over the draw of the images, that the promise holds.
+        n_good: images it rests on.
+        rank: k of the order statistic, 1 ... n_good.
+    """
+
+    value: float
+    max_false_reject_rate: float
+    confidence: float
+    n_good: int
+    rank: int
+
+    @property
+    def n_rejected(self) -> int:
+        """Images of the calibration set with a higher rank, the most that this threshold rejects of them."""
+        return self.n_good - self.rank
+
+
+def images_needed(max_false_reject_rate: float, confidence: float) -> int:
+    """The fewest good images that can support a promise: those for which the largest score suffices.
+
+    Raises:
+        UsageError: a rate or confidence outside of (0, 1).
+    """
+    _check_promise(max_false_reject_rate, confidence)
+    return max(1, math.ceil(math.log1p(-confidence) / math.log1p(-max_false_reject_rate) * (1 - 1e-12)))
+
+
+def best_rate(n_good: int, confidence: float) -> float:
+    """The smallest false-reject rate that ``n_good`` images (>= 1) can promise."""
+    return -math.expm1(math.log1p(-confidence) / n_good)
+
+
+def calibrate(scores: ArrayLike, max_false_reject_rate: float, confidence: float) -> Calibration:
+    """The smallest order statistic that keeps the promise.
+
+    Args:
+        scores: (n,) finite scores of independent, held-out good images.
+        max_false_reject_rate: R, (0, 1).
+        confidence: C, (0, 1).
+
+    Raises:
+        UsageError: R or C out of range.
+        CalibrationError: too few images for the promise, or a score that is not finite.
+    """
+    values = np.sort(np.asarray(scores, dtype=np.float64).reshape(-1))
+    if not np.isfinite(values).all():
+        raise CalibrationError("expected finite scores, got NaN or infinity; train or export the model again")
+    n = values.size
+    require_images(n, max_false_reject_rate, confidence)
+    # P[Binomial <= k - 1] for k = 1 ... n; the largest one suffices, as n >= needed.
+    reached = cumulative(n, 1.0 - max_false_reject_rate)[:-1] >= confidence
+    rank = int(np.argmax(reached)) + 1 if reached.any() else n
+    return Calibration(float(values[rank - 1]), max_false_reject_rate, confidence, n, rank)
+
+
+def _check_promise(max_false_reject_rate: float, confidence: float) -> None:
+    for name, value in (("maximum false-reject rate", max_false_reject_rate), ("confidence", confidence)):
+        if not 0.0 < value < 1.0:
+            raise UsageError(f"the {name} must lie between 0 and 1 (0.01 is one percent), got {value:g}")
+
+
+def require_images(n: int, max_false_reject_rate: float, confidence: float) -> None:
+    """Refuse a promise that ``n`` good images cannot support.
+
+    Raises:
+        UsageError: a rate or confidence outside of (0, 1).
+        CalibrationError: too few images; the message says how many are needed and what these can promise.
+    """
+    needed = images_needed(max_false_reject_rate, confidence)
+    if n >= needed:
+        return
+    wish = f"a false-reject rate of at most {percent(max_false_reject_rate)} with {percent(confidence)} confidence"
+    if n == 0:
+        raise CalibrationError(f"{wish} needs {needed} good images, got none")
+    best = best_rate(n, confidence)
+    # Rounded up to what a user would type, so that the suggestion is accepted.
+    unit = 10.0 ** (math.floor(math.log10(best)) - 2)
+    suggestion = math.ceil(best / unit) * unit
+    advice = f", or ask for --max-false-reject-rate {suggestion:.6g}" if suggestion < 1.0 else ""
+    raise CalibrationError(
+        f"{wish} needs {needed} good images, got {n}. {n} images can promise {percent(best)} at best. "
+        f"Collect {needed - n} more{advice}"
+    )
+
+
+def percent(share: float) -> str:
+    """A share in percent, with three significant digits and without rounding 99.95 to 100."""
+    return f"{100 * share:.3g} %" if share < 0.99 else f"{100 * share:.10g} %"
+
+
+@dataclass(frozen=True)
+class CalibrationImages:
+    """Held-out good images, each content once.
+
+    Attributes:
+        samples: in the order given.
+        n_copies: files left out because another one has the same bytes.
+        sha256: digest over the files' digests, ``Threshold.data_sha256``.
+    """
+
+    samples: tuple[Sample, ...]
+    n_copies: int
+    sha256: str
+
+
+def held_out(samples: Sequence[Sample], spec: ModelSpec) -> CalibrationImages:
+    """Leave out copies, which are no evidence, and refuse the images that the model was trained on.
+
+    Raises:
+        CalibrationError: these are the training images.
+        InputError: a file cannot be read.
+    """
+    digests = [file_sha256(sample.path) for sample in samples]
+    trained_on = spec.training.data_sha256
+    if trained_on is not None and combined_sha256(digests) == trained_on:
+        raise CalibrationError(
+            "these are the images the model was trained on, whose scores are lower than those of new parts; "
+            "calibrate on good images that were held out"
+        )
+    unique: dict[str, Sample] = {}
+    for digest, sample in zip(digests, samples, strict=True):
+        unique.setdefault(digest, sample)
+    return CalibrationImages(tuple(unique.values()), len(digests) - len(unique), combined_sha256(unique))
+
+
+def calibrate_engine(
+    score: Scorer,
+    images: CalibrationImages,
+    spec: ModelSpec,
+    *,
+    engine_sha256: str,
+    data_name: str,
+    max_false_reject_rate: float,
+    confidence: float,
+    progress: bool = False,
+) -> tuple[Calibration, Threshold]:
+    """Score the images and derive the threshold.
+
+    Args:
+        score: judges a batch; ``Engine.infer``.
+        images: from ``held_out``.
+        engine_sha256: ``Engine.sha256``; the threshold is bound to it.
+        data_name: for the spec.
+
+    Raises:
+        CalibrationError: too few images; told before any is judged.
+        InputError, ModelError: as ``evaluation.score_samples``.
+    """
+    require_images(len(images.samples), max_false_reject_rate, confidence)
+    scores = [scored.score for scored in score_samples(score, images.samples, spec, progress=progress)]
+    calibration = calibrate(scores, max_false_reject_rate, confidence)
+    threshold = Threshold(
+        value=calibration.value,
+        max_false_reject_rate=max_false_reject_rate,
+        confidence=confidence,
+        n_good=calibration.n_good,
+        data=data_name,
+        data_sha256=images.sha256,
+        engine_sha256=engine_sha256,
+        method="order-statistic",
+    )
+    return calibration, threshold
+
+
+def write_threshold(path: Path, spec: ModelSpec, threshold: Threshold) -> None:
+    """Put a threshold into a model file, atomically; graph and weights stay the same bytes.
+
+    This is the one place that knows where each kind of model file keeps it.
+
+    Args:
+        path: the model file.
+        spec: the spec it holds now.
+
+    Raises:
+        ModelError: a kind of file that holds no threshold, or a damaged one.
+        OutputError: the file cannot be written.
+    """
+    if path.suffix != ".onnx":
+        raise ModelError(
+            f"{path}: expected an .onnx file to write the threshold into, got {path.suffix or path.name!r}"
+        )
+    replace_metadata(path, {SPEC_KEY: spec.with_threshold(threshold).dumps()})
