@@ -1,7 +1,9 @@
 """Errors a user can cause or meet, each with the exit code the command line ends with.
 
-Every message states what was expected, what came, and what to do about it. The table in
-``docs/exit-codes.md`` is generated from this module: ``python -m recontrast_edge.errors`` prints it.
+Every message states what was expected, what came, and what to do about it. The page of exit codes is generated from
+this module:
+
+    python -m recontrast_edge.errors > docs/exit-codes.md
 """
 
 from __future__ import annotations
@@ -97,6 +99,8 @@ def exit_code_table() -> list[tuple[int, str]]:
 
 
 if __name__ == "__main__":
+    print("<!-- Generated: make docs -->\n# Exit codes\n")
+    print("Every command ends with one of these. Errors go to standard error, as one line: `error: ...`.\n")
     print("| code | meaning |\n| --- | --- |")
     for code, meaning in exit_code_table():
         print(f"| {code} | {meaning} |")
