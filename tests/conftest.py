@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,16 @@ from recontrast_edge.scoring import INPUT_NAME, MAP_NAME, SCORE_NAME
 from recontrast_edge.spec import InputSpec, Level, ModelSpec, Threshold
 
 TINY_SIZE = 32
+
+
+@pytest.fixture(scope="session")
+def magnetic_tile() -> Path:
+    """The magnetic-tile images in MVTec layout, too large and not ours to ship; skips where they are not."""
+    shared = os.environ.get("RECONTRAST_SHARED_DATA") or Path(__file__).parents[2] / "shared" / "data"
+    folder = Path(shared) / "magnetic_tile"
+    if not folder.is_dir():
+        pytest.skip(f"{folder} is not there; RECONTRAST_SHARED_DATA names the folder that holds magnetic_tile")
+    return folder
 
 
 @pytest.fixture(scope="session")
