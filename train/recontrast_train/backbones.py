@@ -110,20 +110,25 @@ class ResNetEncoder(nn.Module):
         return [fine, middle, self.layer3(middle)]
 
 
-class _SameConv2d(nn.Conv2d):
+class SameConv2d(nn.Conv2d):
     """Convolution with TensorFlow's "SAME" padding, which the weights were trained with.
 
     On even sizes a stride of 2 pads one pixel more on the right and bottom than on the left and top.
     """
 
+    def pads(self, size: int, axis: int) -> tuple[int, int]:
+        """Zeros before and after an axis (0 rows, 1 columns) of ``size`` pixels."""
+        kernel, stride = self.kernel_size[axis], self.stride[axis]
+        total = max((-(-size // stride) - 1) * stride + kernel - size, 0)
+        return total // 2, total - total // 2
+
     def forward(self, x: Tensor) -> Tensor:
-        pads: list[int] = []
-        for size, kernel, stride in ((x.shape[3], self.kernel_size[1], self.stride[1]), (x.shape[2], self.kernel_size[0], self.stride[0])):
-            total = max((-(-size // stride) - 1) * stride + kernel - size, 0)
-            pads += [total // 2, total - total // 2]
-        if pads[0] == pads[1] and pads[2] == pads[3]:
-            return F.conv2d(x, self.weight, self.bias, self.stride, (pads[2], pads[0]), self.dilation, self.groups)
-        return F.conv2d(F.pad(x, pads), self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
+        top, bottom = self.pads(x.shape[2], 0)
+        left, right = self.pads(x.shape[3], 1)
+        if top == bottom and left == right:
+            return F.conv2d(x, self.weight, self.bias, self.stride, (top, left), self.dilation, self.groups)
+        padded = F.pad(x, (left, right, top, bottom))
+        return F.conv2d(padded, self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
 
 
 class _InvertedResidual(nn.Module):
@@ -136,7 +141,7 @@ class _InvertedResidual(nn.Module):
         if self.expands:
             self._expand_conv = nn.Conv2d(in_channels, hidden, 1, bias=False)
             self._bn0 = _lite_norm(hidden)
-        self._depthwise_conv = _SameConv2d(hidden, hidden, kernel, stride, groups=hidden, bias=False)
+        self._depthwise_conv = SameConv2d(hidden, hidden, kernel, stride, groups=hidden, bias=False)
         self._bn1 = _lite_norm(hidden)
         self._project_conv = nn.Conv2d(hidden, out_channels, 1, bias=False)
         self._bn2 = _lite_norm(out_channels)
@@ -166,7 +171,7 @@ class EfficientNetLite0Encoder(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self._conv_stem = _SameConv2d(3, 32, 3, 2, bias=False)
+        self._conv_stem = SameConv2d(3, 32, 3, 2, bias=False)
         self._bn0 = _lite_norm(32)
         blocks: list[nn.Module] = []
         channels = 32

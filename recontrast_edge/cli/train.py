@@ -1,0 +1,101 @@
+"""``recontrast-edge train``; the work is done by ``recontrast_train``, which needs the ``train`` extra."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import typer
+
+from recontrast_edge.cli import app
+from recontrast_edge.errors import EXIT_INTERRUPTED, MissingError, UsageError
+
+
+@app.command("train")
+def train_command(
+    data: Path = typer.Argument(help="MVTec-layout folder, folder of good images, or text file that lists them."),
+    out: Path = typer.Option(..., "--out", help="Run folder to write."),
+    recipe: str = typer.Option("mvtec", "--recipe", help="Packaged recipe, or path to a .toml file."),
+    backbone: str | None = typer.Option(
+        None,
+        "--backbone",
+        help="wide_resnet50_2, resnet50, resnet34, resnet18 or efficientnet_lite0; default: the recipe's.",
+    ),
+    weights: str = typer.Option(
+        "imagenet", "--weights", help="Initial encoder weights: imagenet, random, or a .pth/.safetensors file."
+    ),
+    iterations: int | None = typer.Option(None, "--iterations", help="Training steps; default: the recipe's."),
+    batch: int | None = typer.Option(None, "--batch", help="Images a step; default: the recipe's."),
+    size: str | None = typer.Option(
+        None, "--size", metavar="WxH", help="Network input in pixels, multiples of 32; default: the recipe's."
+    ),
+    seed: int | None = typer.Option(None, "--seed", help="Seed of initialisation and order; default: the recipe's."),
+    precision: str | None = typer.Option(None, "--precision", help="fp32, bf16 or fp16 (GPU); default: the recipe's."),
+    settings: list[str] = typer.Option(
+        [], "--set", metavar="KEY=VALUE", help="Any other recipe value, in TOML, e.g. --set lr_encoder=1e-4; repeatable."
+    ),
+    class_name: str | None = typer.Option(None, "--class-name", help="Name of the product; default: the data's name."),
+    holdout: float = typer.Option(
+        0.0, "--holdout", min=0.0, max=0.9, help="Share of the good images kept out for calibration (0 to 0.9)."
+    ),
+    holdout_group: str | None = typer.Option(
+        None,
+        "--holdout-group",
+        metavar="REGEX",
+        help="Expression on the file name whose first group names the part; pictures of one part stay together.",
+    ),
+    device: str = typer.Option("auto", "--device", help="auto, cpu, cuda or cuda:N."),
+    workers: int | None = typer.Option(None, "--workers", min=0, help="Image reading processes; default: by device."),
+    resume: bool = typer.Option(False, "--resume", help="Go on from the run folder's checkpoint."),
+    checkpoint_seconds: float = typer.Option(120.0, "--checkpoint-seconds", min=1.0, help="Seconds between checkpoints."),
+) -> None:
+    """Train a model on images of good parts; evaluate it if there is a test set."""
+    try:
+        import torch  # noqa: F401
+
+        from recontrast_train.fit import TrainingStoppedError
+        from recontrast_train.recipe import parse_settings
+        from recontrast_train.training import TrainOptions, train
+    except ModuleNotFoundError as error:
+        raise MissingError(
+            f"training needs {error.name}, which is not installed: pip install 'recontrast-edge[train]'"
+        ) from None
+    overrides = parse_settings(settings)
+    for key, value in (
+        ("backbone", backbone),
+        ("iterations", iterations),
+        ("batch", batch),
+        ("seed", seed),
+        ("precision", precision),
+        ("size_wh", _size(size)),
+    ):
+        if value is not None:
+            overrides[key] = value
+    options = TrainOptions(
+        data=data,
+        out=out,
+        recipe=recipe,
+        overrides=overrides,
+        weights=weights if weights in ("imagenet", "random") else Path(weights),  # type: ignore[arg-type]
+        class_name=class_name,
+        holdout=holdout,
+        holdout_group=holdout_group,
+        device=device,
+        workers=workers,
+        resume=resume,
+        checkpoint_every_s=checkpoint_seconds,
+    )
+    try:
+        train(options)
+    except TrainingStoppedError as stopped:
+        typer.echo(f"{stopped}; go on with the same command and --resume", err=True)
+        sys.exit(EXIT_INTERRUPTED)
+
+
+def _size(text: str | None) -> list[int] | None:
+    if text is None:
+        return None
+    parts = text.lower().split("x")
+    if len(parts) != 2 or not all(part.isdecimal() for part in parts):
+        raise UsageError(f"--size {text!r}: expected WIDTHxHEIGHT in pixels, e.g. 256x256")
+    return [int(part) for part in parts]

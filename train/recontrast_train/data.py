@@ -1,0 +1,124 @@
+"""Good images as training batches, the same ones for the same seed wherever training starts.
+
+    loader = make_loader(GoodImages(paths, input_spec), batches(len(paths), 16, seed=111, start=0, stop=2000))
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from recontrast_edge.errors import InputError, UsageError
+from recontrast_edge.images import read_image
+from recontrast_edge.preprocess import preprocess
+from recontrast_edge.spec import InputSpec
+
+CACHE_BYTES = 2 * 1024**3
+"""Preprocessed images are kept in memory up to this size; beyond, they are read again each time."""
+
+
+class GoodImages(Dataset[Tensor]):
+    """Preprocessed good images.
+
+    Args:
+        paths: image files.
+        spec: how they become network input.
+        cache: keep them in memory if all of them fit in ``CACHE_BYTES``.
+    """
+
+    def __init__(self, paths: Sequence[Path], spec: InputSpec, *, cache: bool) -> None:
+        self.paths = list(paths)
+        self._spec = spec
+        width, height = spec.size_wh
+        fits = len(self.paths) * 3 * width * height * 4 <= CACHE_BYTES
+        self._cache: dict[int, Tensor] | None = {} if cache and fits else None
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> Tensor:
+        """(3, H, W) float32."""
+        if self._cache is not None and index in self._cache:
+            return self._cache[index]
+        path = self.paths[index]
+        try:
+            tensor = torch.from_numpy(preprocess(read_image(path), self._spec))
+        except InputError as error:
+            # Reading names the file itself; a wrong ROI does not.
+            raise error if str(path) in str(error) else InputError(f"{path}: {error}") from None
+        if self._cache is not None:
+            self._cache[index] = tensor
+        return tensor
+
+
+def batches(count: int, size: int, *, seed: int, start: int, stop: int) -> Iterator[list[int]]:
+    """Image indices of the iterations ``start`` to ``stop``.
+
+    The shuffled epochs are laid end to end and cut into batches of one size, so that no batch is ever too small for its
+    BatchNorm, and iteration i's batch follows from the seed alone: a resumed training sees what an unbroken one sees.
+    """
+    epoch, order = -1, np.empty(0, np.int64)
+    for iteration in range(start, stop):
+        batch: list[int] = []
+        for position in range(iteration * size, (iteration + 1) * size):
+            if position // count != epoch:
+                epoch = position // count
+                order = np.random.default_rng([seed, epoch]).permutation(count)
+            batch.append(int(order[position % count]))
+        yield batch
+
+
+def make_loader(images: GoodImages, order: Iterator[list[int]], *, workers: int, pin: bool) -> DataLoader[Any]:
+    """Batches (N, 3, H, W) float32 in the given order, read ahead by ``workers`` processes."""
+    return DataLoader(images, batch_sampler=list(order), num_workers=workers, pin_memory=pin)  # type: ignore[arg-type]
+
+
+def split_holdout(
+    paths: Sequence[Path], fraction: float, *, seed: int, group: str | None
+) -> tuple[list[Path], list[Path]]:
+    """Set good images aside for calibration.
+
+    Args:
+        paths: all good images.
+        fraction: share of the groups to hold out, 0 <= fraction < 1.
+        seed: of the draw.
+        group: regular expression whose first group names the part an image shows; images of one part stay together,
+            because pictures of a part that was trained on are no fresh evidence. None: every image is its own part.
+
+    Returns:
+        (training, held out), both in the given order.
+
+    Raises:
+        UsageError: bad expression, or one that does not match an image's name.
+        InputError: nothing would be left to train on.
+    """
+    if fraction == 0.0:
+        return list(paths), []
+    keys = [_group_key(path, group) for path in paths]
+    names = sorted(set(keys))
+    count = max(1, round(len(names) * fraction))
+    if count >= len(names):
+        raise InputError(f"holding out {fraction:.0%} of {len(names)} parts leaves none to train on; give more images")
+    drawn = {names[index] for index in np.random.default_rng([seed, 1]).permutation(len(names))[:count]}
+    train = [path for path, key in zip(paths, keys, strict=True) if key not in drawn]
+    held = [path for path, key in zip(paths, keys, strict=True) if key in drawn]
+    return train, held
+
+
+def _group_key(path: Path, group: str | None) -> str:
+    if group is None:
+        return str(path)
+    try:
+        match = re.search(group, path.name)
+    except re.error as error:
+        raise UsageError(f"--holdout-group {group!r}: not a regular expression ({error})") from None
+    if match is None or not match.groups():
+        raise UsageError(f"--holdout-group {group!r}: does not match {path.name!r} with a group, e.g. 'part(\\d+)'")
+    return match.group(1)

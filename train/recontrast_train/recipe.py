@@ -1,0 +1,129 @@
+"""Recipes: every training option, with the paper's values as defaults.
+
+    recipe = load_recipe("mvtec", overrides={"iterations": 500})
+
+A recipe is a TOML file, packaged ones by name (``recipes/NAME.toml``), one's own by path. Unknown keys are refused.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from recontrast_edge.errors import UsageError
+from recontrast_edge.spec import Fraction, Roi
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+Rate = Annotated[float, Field(gt=0.0, le=1.0)]
+Count = Annotated[int, Field(gt=0, le=10_000_000)]
+Side = Annotated[int, Field(ge=32, le=8192)]
+
+
+class Recipe(BaseModel):
+    """Training options. Defaults: the paper's setting for MVTec AD."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    backbone: str = "wide_resnet50_2"
+    size_wh: tuple[Side, Side] = (256, 256)
+    """Network input in pixels, multiples of 32."""
+    resize_wh: tuple[Side, Side] | None = None
+    """Size before the centre crop to ``size_wh``; None for no crop."""
+    roi: Roi | None = None
+    iterations: Count = 2000
+    batch: Annotated[int, Field(ge=2, le=4096)] = 16
+    lr_decoder: Rate = 2e-3
+    """Learning rate of bottleneck and decoder."""
+    lr_encoder: Rate = 1e-5
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    weight_decay: Annotated[float, Field(ge=0.0)] = 1e-5
+    eps: Rate = 1e-8
+    amsgrad: bool = False
+    lr_drop_at: Fraction | None = None
+    """Share of the iterations after which both learning rates are multiplied by ``lr_drop_factor``; None for never."""
+    lr_drop_factor: Rate = 0.2
+    encoder_bn: Literal["train", "eval"] = "train"
+    alpha_start: float = -3.0
+    alpha_end: float = 1.0
+    alpha_ramp: Rate = 0.1
+    """Share of the iterations over which the mining strength rises."""
+    blur_sigma: Annotated[float, Field(ge=0.0, le=64.0)] = 4.0
+    score_rule: Literal["max", "top"] = "max"
+    top_fraction: Fraction = 0.01
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 111
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Autocast of forward and backward pass; loss and weights stay float32. ``fp16`` needs a GPU."""
+    channels_last: bool = True
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Recipe:
+        if self.size_wh[0] % 32 or self.size_wh[1] % 32:
+            raise ValueError(f"size_wh must be multiples of 32, got {self.size_wh}")
+        resize = self.resize_wh
+        if resize is not None and (resize[0] < self.size_wh[0] or resize[1] < self.size_wh[1]):
+            raise ValueError(f"resize_wh {resize} is smaller than size_wh {self.size_wh}")
+        return self
+
+
+def packaged_recipes() -> list[str]:
+    """Names of the recipes that ship with the package."""
+    folder = files("recontrast_train") / "recipes"
+    return sorted(entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml"))
+
+
+def load_recipe(name: str, overrides: dict[str, Any]) -> Recipe:
+    """Read a recipe and lay options over it.
+
+    Args:
+        name: a packaged recipe's name, or a path that ends in ``.toml``.
+        overrides: values that win over the file; None values are left out.
+
+    Raises:
+        UsageError: no such recipe, bad TOML, unknown key or value out of range.
+    """
+    if name.endswith(".toml"):
+        path = Path(name)
+        if not path.is_file():
+            raise UsageError(f"{path}: no such recipe file")
+        text = path.read_bytes().decode(errors="replace")
+    elif name in packaged_recipes():
+        text = (files("recontrast_train") / "recipes" / f"{name}.toml").read_text()
+    else:
+        raise UsageError(f"unknown recipe {name!r}; there are {', '.join(packaged_recipes())}, or a path to a .toml file")
+    try:
+        values = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise UsageError(f"recipe {name}: not valid TOML ({error})") from None
+    values.update({key: value for key, value in overrides.items() if value is not None})
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"]) or "recipe"
+        raise UsageError(f"recipe {name}: {field}: {first['msg']} (known keys: {', '.join(Recipe.model_fields)})") from None
+
+
+def parse_settings(settings: list[str]) -> dict[str, Any]:
+    """``KEY=VALUE`` options as recipe values; a value is TOML, and a bare word a string.
+
+    Raises:
+        UsageError: no equals sign or no key.
+    """
+    values: dict[str, Any] = {}
+    for setting in settings:
+        key, equals, value = setting.partition("=")
+        if not equals or not key.strip():
+            raise UsageError(f"--set {setting!r}: expected KEY=VALUE")
+        try:
+            values[key.strip()] = tomllib.loads(f"value = {value}")["value"]
+        except tomllib.TOMLDecodeError:
+            values[key.strip()] = value
+    return values

@@ -1,0 +1,67 @@
+"""Run folders: what training leaves behind and export reads.
+
+    model, spec = load_run(Path("runs/tiles"))
+
+``model.safetensors`` holds the weights, ``model.json`` the spec; see ``docs/artifacts.md``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import safetensors
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+
+from recontrast_edge.errors import ModelError
+from recontrast_edge.images import atomic_write
+from recontrast_edge.spec import ModelSpec
+from recontrast_train.model import ReContrast
+
+WEIGHTS_FILE = "model.safetensors"
+SPEC_FILE = "model.json"
+
+
+def weights_bytes(model: ReContrast) -> bytes:
+    """The model's state as a safetensors file's bytes."""
+    return save_tensors({key: value.contiguous().cpu() for key, value in model.state_dict().items()})
+
+
+def save_run(folder: Path, weights: bytes, spec: ModelSpec) -> None:
+    """Write weights, then spec; the spec names the weights' digest, so a kill between the two is noticed.
+
+    Raises:
+        OutputError: the folder cannot be written.
+    """
+    with atomic_write(folder / WEIGHTS_FILE) as file:
+        file.write(weights)
+    with atomic_write(folder / SPEC_FILE) as file:
+        file.write(spec.dumps().encode())
+
+
+def load_run(folder: Path) -> tuple[ReContrast, ModelSpec]:
+    """The trained model, in eval mode on the CPU, and its spec.
+
+    Raises:
+        ModelError: not a run folder, not finished, damaged, or weights and spec that do not belong together.
+    """
+    spec_path, weights_path = folder / SPEC_FILE, folder / WEIGHTS_FILE
+    if not folder.is_dir():
+        raise ModelError(f"{folder}: no such run folder; `recontrast-edge train DATA --out {folder}` makes one")
+    if not spec_path.is_file() or not weights_path.is_file():
+        raise ModelError(
+            f"{folder}: expected {SPEC_FILE} and {WEIGHTS_FILE} of a finished training; "
+            "finish it with `recontrast-edge train ... --resume`"
+        )
+    spec = ModelSpec.loads(spec_path.read_bytes(), where=str(spec_path))
+    weights = weights_path.read_bytes()
+    if hashlib.sha256(weights).hexdigest() != spec.weights_sha256:
+        raise ModelError(f"{weights_path}: these are not the weights that {spec_path} describes (SHA-256 differs); train again")
+    model = ReContrast(spec.backbone)
+    try:
+        model.load_state_dict(load_tensors(weights))
+    except (safetensors.SafetensorError, RuntimeError) as error:
+        raise ModelError(f"{weights_path}: not the weights of a {spec.backbone} model ({str(error).splitlines()[0]})") from None
+    model.eval()
+    return model, spec

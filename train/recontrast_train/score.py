@@ -1,0 +1,46 @@
+"""Score images with a PyTorch model by the same rules as the engines: the reference of every export.
+
+    inference = TorchScorer(model, spec)(images)
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from recontrast_edge.engines import Inference
+from recontrast_edge.preprocess import Image, preprocess
+from recontrast_edge.scoring import fold_maps, image_scores, level_distances
+from recontrast_edge.spec import ModelSpec
+from recontrast_train.model import ReContrast
+
+
+class TorchScorer:
+    """FP32 network in PyTorch, distances and map by the NumPy oracle.
+
+    Args:
+        model: put in eval mode here.
+        spec: input and scoring rules.
+    """
+
+    def __init__(self, model: ReContrast, spec: ModelSpec) -> None:
+        self._model = model.eval()
+        self._spec = spec
+        self._device = next(model.parameters()).device
+
+    def __call__(self, images: Sequence[Image]) -> Inference:
+        """Maps (N, H, W) and scores (N,) of uint8 images, (H, W) mono or (H, W, 3) BGR."""
+        start = time.perf_counter()
+        tensor = torch.from_numpy(np.stack([preprocess(image, self._spec.input) for image in images]))
+        prepared = time.perf_counter()
+        with torch.inference_mode():
+            pairs = self._model(tensor.to(self._device))
+        arrays = [[(a.cpu().numpy(), b.cpu().numpy()) for a, b in view] for view in pairs]
+        scoring = self._spec.scoring
+        maps = fold_maps(level_distances(arrays), self._spec.input.size_wh, scoring.blur_sigma)
+        scores = image_scores(maps, scoring)
+        stages = {"preprocess": (prepared - start) * 1e3, "infer": (time.perf_counter() - prepared) * 1e3}
+        return Inference(maps, scores, stages)

@@ -1,0 +1,275 @@
+"""From a folder of good images to a run folder: the whole of ``recontrast-edge train``.
+
+    train(TrainOptions(data=Path("tiles"), out=Path("runs/tiles")))
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from recontrast_edge import __version__
+from recontrast_edge.cli.evaluate import show_evaluation
+from recontrast_edge.datasets import Dataset, Sample, data_sha256, find_dataset
+from recontrast_edge.errors import InputError, MissingError, UsageError
+from recontrast_edge.evaluation import evaluate
+from recontrast_edge.images import atomic_write
+from recontrast_edge.spec import InputSpec, Level, ModelSpec, Scoring, Training
+from recontrast_train.backbones import Weights, backbone
+from recontrast_train.data import GoodImages, split_holdout
+from recontrast_train.fit import check_precision, fit
+from recontrast_train.model import STRIDES, ReContrast
+from recontrast_train.recipe import Recipe, load_recipe
+from recontrast_train.report import write_loss_curve, write_report
+from recontrast_train.run import SPEC_FILE, WEIGHTS_FILE, load_run, save_run, weights_bytes
+from recontrast_train.score import TorchScorer
+
+CHECKPOINT_FILE = "checkpoint.safetensors"
+HOLDOUT_FILE = "holdout.txt"
+METRICS_FILE = "metrics.json"
+LOSS_FILE = "loss.csv"
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """What the command line gives.
+
+    Attributes:
+        data: MVTec-layout folder, folder of good images, or list file.
+        out: run folder.
+        recipe: packaged recipe or path.
+        overrides: recipe values that win.
+        weights: ``imagenet``, ``random`` or a file.
+        class_name: name of the product; None for the data's name.
+        holdout: share of the good images to set aside for calibration.
+        holdout_group: expression naming the part an image shows.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+        workers: reader processes; None chooses.
+        resume: go on from the run folder's checkpoint.
+        checkpoint_every_s: seconds between checkpoints.
+    """
+
+    data: Path
+    out: Path
+    recipe: str = "mvtec"
+    overrides: dict[str, Any] = field(default_factory=dict)
+    weights: Weights = "imagenet"
+    class_name: str | None = None
+    holdout: float = 0.0
+    holdout_group: str | None = None
+    device: str = "auto"
+    workers: int | None = None
+    resume: bool = False
+    checkpoint_every_s: float = 120.0
+
+
+def train(options: TrainOptions, console: Console | None = None) -> ModelSpec:
+    """Train, save, evaluate on the test set if there is one, and draw the report.
+
+    Returns:
+        The spec of the saved model.
+
+    Raises:
+        RecontrastError: bad data, recipe or weights, a run folder that is in the way, a diverged loss.
+        TrainingStoppedError: stopped by Ctrl-C or SIGTERM; ``resume`` goes on.
+    """
+    console = console or Console(stderr=True)
+    recipe = load_recipe(options.recipe, options.overrides)
+    device = _device(options.device)
+    check_precision(recipe, device)
+    dataset = find_dataset(options.data)
+    paths = [sample.path for sample in dataset.training_samples()]
+    training, held_out = split_holdout(paths, options.holdout, seed=recipe.seed, group=options.holdout_group)
+    if len(training) < 2:
+        raise InputError(f"{options.data}: {len(training)} good image to train on, expected at least 2 (dozens, better hundreds)")
+    finished = _check_out(options)
+    if finished:
+        model, spec = load_run(options.out)
+        console.print(f"{options.out}: training had finished; evaluating")
+    else:
+        model, spec = _fit(options, recipe, device, dataset, training, held_out, console)
+    if dataset.test:
+        _evaluate(model.to(device), spec, dataset, options.out)
+    console.print(f"Run folder: {options.out}")
+    if held_out:
+        console.print(f"Held out for calibration: {len(held_out)} images, listed in {options.out / HOLDOUT_FILE}")
+    return spec
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UsageError(f"unknown device {name!r}; expected auto, cpu, cuda or cuda:N") from None
+    if device.type not in ("cpu", "cuda"):
+        raise UsageError(f"device {name!r} is not supported; expected auto, cpu, cuda or cuda:N")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise MissingError("no CUDA GPU that PyTorch can use; train with --device cpu, or see `recontrast-edge doctor`")
+    return device
+
+
+def _check_out(options: TrainOptions) -> bool:
+    """Whether the folder holds a finished run to evaluate again; refuses to overwrite one."""
+    finished = (options.out / SPEC_FILE).exists() and (options.out / WEIGHTS_FILE).exists()
+    started = (options.out / CHECKPOINT_FILE).exists()
+    if options.out.exists() and not options.out.is_dir():
+        raise UsageError(f"{options.out}: is a file, expected a folder for the run")
+    if (finished or started) and not options.resume:
+        what = "a finished run" if finished else "a checkpoint"
+        raise UsageError(f"{options.out}: already holds {what}; go on with --resume, or train into another folder")
+    return finished
+
+
+def _fit(
+    options: TrainOptions,
+    recipe: Recipe,
+    device: torch.device,
+    dataset: Dataset,
+    training: list[Path],
+    held_out: list[Path],
+    console: Console,
+) -> tuple[ReContrast, ModelSpec]:
+    entry = backbone(recipe.backbone)
+    input_spec = InputSpec(
+        size_wh=recipe.size_wh,
+        resize_wh=recipe.resize_wh or recipe.size_wh,
+        mean=entry.mean,
+        std=entry.std,
+        roi=recipe.roi,
+    )
+    torch.manual_seed(recipe.seed)
+    model = ReContrast(recipe.backbone, encoder_bn=recipe.encoder_bn)
+    weights_digest = model.load_encoder_weights(options.weights)
+    data_digest = data_sha256([Sample(path) for path in training])
+    resolved = {**recipe.model_dump(mode="json"), "recipe": options.recipe, "initial_weights": weights_digest}
+    fingerprint = hashlib.sha256(json.dumps([resolved, data_digest], sort_keys=True).encode()).hexdigest()
+
+    console.print(_recipe_table(resolved, dataset, len(training), len(held_out), device))
+    if held_out:
+        _write_holdout(options.out, held_out)
+    workers = options.workers
+    if workers is None:
+        # On the CPU the network needs the cores, and the cache makes reading rare.
+        workers = min(8, os.cpu_count() or 1) if device.type == "cuda" else 0
+    images = GoodImages(training, input_spec, cache=workers == 0)
+    checkpoint = options.out / CHECKPOINT_FILE
+    with _progress(console) as progress, _stop_signals() as stopped:
+        task = progress.add_task("training", total=recipe.iterations, loss="-")
+        losses = fit(
+            model,
+            images,
+            recipe,
+            checkpoint=checkpoint,
+            fingerprint=fingerprint,
+            resume=options.resume,
+            device=device,
+            workers=workers,
+            checkpoint_every_s=options.checkpoint_every_s,
+            on_iteration=lambda done, loss: progress.update(
+                task, completed=done, loss="-" if loss is None else f"{loss:.4f}"
+            ),
+            should_stop=lambda: bool(stopped),
+        )
+    weights = weights_bytes(model)
+    spec = ModelSpec(
+        class_name=options.class_name or dataset.name,
+        backbone=recipe.backbone,
+        input=input_spec,
+        levels=tuple(Level(stride=s, channels=c) for s, c in zip(STRIDES, entry.channels, strict=True)),
+        scoring=Scoring(blur_sigma=recipe.blur_sigma, rule=recipe.score_rule, top_fraction=recipe.top_fraction),
+        weights_sha256=hashlib.sha256(weights).hexdigest(),
+        training=Training(
+            recipe=resolved,
+            data=dataset.name,
+            n_images=len(training),
+            data_sha256=data_digest,
+            iterations=recipe.iterations,
+            software={
+                "recontrast-edge": __version__,
+                "torch": str(torch.__version__),
+                "python": platform.python_version(),
+                "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+            },
+        ),
+    )
+    _write_losses(options.out, losses)
+    write_loss_curve(options.out, losses)
+    save_run(options.out, weights, spec)
+    checkpoint.unlink(missing_ok=True)
+    return model, spec
+
+
+def _write_losses(out: Path, losses: list[float]) -> None:
+    with atomic_write(out / LOSS_FILE) as file:
+        file.write(b"iteration,loss\n")
+        file.writelines(f"{iteration},{loss:.8f}\n".encode() for iteration, loss in enumerate(losses, 1))
+
+
+def _write_holdout(out: Path, held_out: list[Path]) -> None:
+    # Relative to the list, so that a project folder can move as a whole.
+    out.mkdir(parents=True, exist_ok=True)
+    lines = [os.path.relpath(path.resolve(), out.resolve()) for path in held_out]
+    with atomic_write(out / HOLDOUT_FILE) as file:
+        file.write(("# good images kept out of training, for `recontrast-edge calibrate`\n" + "\n".join(lines) + "\n").encode())
+
+
+def _evaluate(model: ReContrast, spec: ModelSpec, dataset: Dataset, out: Path) -> None:
+    result = evaluate(TorchScorer(model, spec), dataset.test, spec, progress=True)
+    with atomic_write(out / METRICS_FILE) as file:
+        file.write((json.dumps(result.to_json(), indent=2) + "\n").encode())
+    write_report(out, result)
+    show_evaluation(result, dataset.name, foreign=False)
+
+
+def _recipe_table(
+    resolved: dict[str, Any], dataset: Dataset, training: int, held_out: int, device: torch.device
+) -> Table:
+    table = Table(title=f"{dataset.name}: {training} good images, {held_out} held out, on {device}", show_header=False)
+    for key, value in resolved.items():
+        table.add_row(key, str(value))
+    return table
+
+
+def _progress(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("loss {task.fields[loss]}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+    )
+
+
+@contextmanager
+def _stop_signals() -> Iterator[list[int]]:
+    """A list that the first SIGINT or SIGTERM is put into; the second one ends the process the default way."""
+    received: list[int] = []
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        signal.signal(number, signal.SIG_DFL)
+
+    previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
