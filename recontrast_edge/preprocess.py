@@ -9,6 +9,7 @@ This is the rule that training, the CPU engines and the CUDA kernel share; see `
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -118,3 +119,69 @@ def preprocess(image: Image, spec: InputSpec) -> NDArray[np.float32]:
         np.multiply(plane, scale, out=out[channel])
         out[channel] += offset
     return out
+
+
+@dataclass(frozen=True)
+class YuvMatrix:
+    """Limited-range YUV to BGR in units of 2^-16, whole numbers, so that CPU and GPU agree to the last bit.
+
+    With ``l = luma_gain * (y - 16)`` and 128 subtracted from ``u`` and ``v``: ``b = l + blue_u * u``,
+    ``g = l + green_u * u + green_v * v``, ``r = l + red_v * v``; then rounded to the nearest and clipped to 0..255.
+    """
+
+    luma_gain: int
+    red_v: int
+    green_u: int
+    green_v: int
+    blue_u: int
+
+    @classmethod
+    def of(cls, red: float, blue: float) -> YuvMatrix:
+        """From a standard's luma weights of red and blue."""
+        luma, chroma = 255 / 219, 2 * 255 / 224
+        green = 1 - red - blue
+        coefficients = (
+            luma,
+            chroma * (1 - red),
+            -chroma * (1 - blue) * blue / green,
+            -chroma * (1 - red) * red / green,
+            chroma * (1 - blue),
+        )
+        return cls(*(round(65536 * coefficient) for coefficient in coefficients))
+
+
+YuvStandard = Literal["bt601", "bt709"]
+YUV_MATRICES: dict[YuvStandard, YuvMatrix] = {
+    "bt601": YuvMatrix.of(0.299, 0.114),
+    "bt709": YuvMatrix.of(0.2126, 0.0722),
+}
+
+
+def nv12_to_bgr(nv12: NDArray[np.uint8], standard: YuvStandard = "bt601") -> Image:
+    """Limited-range NV12 to BGR; the four pixels of a 2x2 block share its U and V.
+
+    Args:
+        nv12: (3 * height / 2, width) uint8: the luma's rows, then rows of interleaved U and V; height and width even.
+        standard: ``bt601``, what USB and GigE cameras mean, or ``bt709``, what HD video means.
+
+    Returns:
+        (height, width, 3) uint8 in BGR order.
+
+    Raises:
+        InputError: wrong dtype or shape.
+    """
+    if nv12.dtype != np.uint8 or nv12.ndim != 2 or 0 in nv12.shape or nv12.shape[0] % 3 or nv12.shape[1] % 2:
+        raise InputError(
+            f"expected NV12 as uint8 of shape (3 * height / 2, width) with height and width even, got {nv12.dtype} "
+            f"{nv12.shape}"
+        )
+    height = nv12.shape[0] // 3 * 2
+    matrix = YUV_MATRICES[standard]
+    luma = matrix.luma_gain * (nv12[:height].astype(np.int32) - 16)
+    chroma = nv12[height:].reshape(height // 2, -1, 2).astype(np.int32) - 128
+    u, v = np.moveaxis(chroma.repeat(2, axis=0).repeat(2, axis=1), 2, 0)
+    bgr = np.stack(
+        [luma + matrix.blue_u * u, luma + matrix.green_u * u + matrix.green_v * v, luma + matrix.red_v * v], axis=2
+    )
+    rounded: Image = np.clip((bgr + 32768) >> 16, 0, 255).astype(np.uint8)
+    return rounded
