@@ -9,10 +9,12 @@ import inspect
 import types
 import typing
 from collections.abc import Iterator
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
 import typer
+from typer.models import ParameterInfo
 
 from recontrast_edge.cli import app
 
@@ -44,8 +46,7 @@ def _command_name(callback: Any) -> str:
 
 
 def _section(name: str, command: Any, callback: Any) -> Iterator[str]:
-    hints = typing.get_type_hints(callback)
-    declared = {parameter.name: parameter.default for parameter in inspect.signature(callback).parameters.values()}
+    hints, declared = _declarations(callback)
     parameters = [parameter for parameter in command.params if parameter.name in declared]
     arguments = [parameter for parameter in parameters if parameter.param_type_name == "argument"]
     options = [parameter for parameter in parameters if parameter.param_type_name == "option"]
@@ -64,8 +65,20 @@ def _section(name: str, command: Any, callback: Any) -> Iterator[str]:
         value = _value(hints[parameter.name], info)
         if value:
             value = f"`{value}`{_range(info)}"
-        cells = (", ".join(f"`{name}`" for name in names), value, _default(parameter), " ".join(info.help.split()))
+        # Where the command finds the default itself, the help text ends with it.
+        text, _, default = " ".join(info.help.split()).removesuffix("]").partition(" [default: ")
+        cells = (", ".join(f"`{name}`" for name in names), value, default or _default(parameter), text)
         yield "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def _declarations(callback: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Type and ``typer.Option`` or ``typer.Argument`` of each parameter, written as its default or in ``Annotated``."""
+    declared = {}
+    annotated = typing.get_type_hints(callback, include_extras=True)
+    for parameter in inspect.signature(callback).parameters.values():
+        candidates = [*getattr(annotated[parameter.name], "__metadata__", ()), parameter.default]
+        declared[parameter.name] = next(info for info in candidates if isinstance(info, ParameterInfo))
+    return typing.get_type_hints(callback), declared
 
 
 def _argument_name(argument: Any) -> str:
@@ -83,8 +96,8 @@ def _value(hint: Any, info: Any) -> str:
         return _value(next(member for member in members if member is not type(None)), info)
     if origin is list:
         return f"{_value(members[0], info)} ..."
-    if origin is tuple:
-        return " ".join(_value(member, info) for member in members)
+    if isinstance(hint, type) and issubclass(hint, Enum):
+        return "|".join(str(member.value) for member in hint)
     return _TYPE_NAMES[hint]
 
 
@@ -102,6 +115,8 @@ def _default(parameter: Any) -> str:
     default = parameter.default
     if default is None or default == [] or default == ():
         return ""
+    if isinstance(default, Enum):
+        return f"`{default.value}`"
     if isinstance(default, bool):
         names = parameter.opts if default else parameter.secondary_opts
         return f"`{names[0]}`" if names else ""

@@ -1,0 +1,101 @@
+"""The documentation does what it says: its commands run, its generated pages and its tables are those of the code.
+
+python -m pytest tests/test_docs.py
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from recontrast_edge.cli.reference import reference
+from recontrast_edge.verdict import Fault
+
+ROOT = Path(__file__).parent.parent
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
+BLOCK = re.compile(r"^```(?P<info>[^\n]*)\n(?P<body>.*?)^```$", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"\]\((?!https?://)(?P<target>[^)#\s]+)[^)]*\)")
+
+
+def shell_blocks(page: Path) -> list[tuple[str, str]]:
+    """(why it is not run, commands) of each ``sh`` block; the reason is empty for those that are."""
+    blocks = []
+    for match in BLOCK.finditer(page.read_text(encoding="utf-8")):
+        language, _, note = match["info"].partition(" ")
+        if language == "sh":
+            blocks.append((note, match["body"]))
+    return blocks
+
+
+def page_id(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
+def test_blocks_are_marked_so_that_they_are_checked(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    assert text.count("\n```") == 2 * len(BLOCK.findall(text)), "a block is not closed, or not at the line's start"
+    languages = {match["info"].split(" ")[0] for match in BLOCK.finditer(text)}
+    assert languages <= {"sh", "text", "json", "python", "toml"}, "commands belong in a block marked sh"
+    for note, _ in shell_blocks(page):
+        assert not note or re.fullmatch(r"no-run: \S.+", note), f"expected ```sh or ```sh no-run: REASON, got {note!r}"
+
+
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if any(not note for note, _ in shell_blocks(page))], ids=page_id
+)
+def test_commands_run(page: Path, tmp_path: Path) -> None:
+    pytest.importorskip("torch", reason="the commands train")
+    commands = tmp_path / "bin"
+    commands.mkdir()
+    command = commands / "recontrast-edge"
+    command.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m recontrast_edge "$@"\n')
+    command.chmod(0o755)
+    folder = tmp_path / "work"
+    folder.mkdir()
+    environment = {
+        **os.environ,
+        "PATH": f"{commands}{os.pathsep}{os.environ['PATH']}",
+        "PYTHONPATH": os.pathsep.join(str(ROOT / part) for part in (".", "train", "export")),
+    }
+    for note, body in shell_blocks(page):
+        if note:
+            continue
+        done = subprocess.run(
+            ["bash", "-euo", "pipefail", "-c", body],
+            cwd=folder,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert done.returncode == 0, f"ended with {done.returncode}:\n{body}\n{done.stdout}\n{done.stderr}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
+def test_links_lead_somewhere(page: Path) -> None:
+    text = BLOCK.sub("", page.read_text(encoding="utf-8"))
+    missing = [match["target"] for match in LINK.finditer(text) if not (page.parent / match["target"]).exists()]
+    assert not missing
+
+
+def test_command_reference_is_up_to_date() -> None:
+    assert (ROOT / "docs" / "cli.md").read_text(encoding="utf-8") == reference(), "run `make docs`"
+
+
+def test_exit_codes_are_up_to_date() -> None:
+    printed = subprocess.run(
+        [sys.executable, "-m", "recontrast_edge.errors"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert (ROOT / "docs" / "exit-codes.md").read_text(encoding="utf-8") == printed.stdout, "run `make docs`"
+
+
+def test_fault_codes_are_up_to_date() -> None:
+    rows = [f"| `{fault.value}` | {fault.meaning} |" for fault in Fault]
+    text = (ROOT / "docs" / "artifacts.md").read_text(encoding="utf-8")
+    assert "\n".join(rows) in text, "python -m recontrast_edge.verdict prints the table"
