@@ -15,12 +15,19 @@ from pathlib import Path
 
 from recontrast_edge.errors import ModelError
 from recontrast_edge.images import atomic_write
+from recontrast_edge.spec import ModelSpec
 
 SPEC_KEY = "recontrast_edge.spec"
 
+# Of ModelProto: graph and metadata_props; of GraphProto: output; of ValueInfoProto: name.
+_GRAPH_FIELD = 7
 _METADATA_FIELD = 14
+_OUTPUT_FIELD = 12
+_NAME_FIELD = 1
+# Of StringStringEntryProto.
 _KEY_FIELD = 1
 _VALUE_FIELD = 2
+# Wire type.
 _LENGTH_DELIMITED = 2
 
 
@@ -115,6 +122,46 @@ def read_metadata(path: Path) -> dict[str, str]:
         ModelError: missing, unreadable, empty or damaged file.
     """
     return _split(path)[1]
+
+
+def read_spec(path: Path) -> ModelSpec:
+    """The model spec that the file carries.
+
+    Raises:
+        ModelError: missing, damaged, or no model of ours.
+    """
+    metadata = read_metadata(path)
+    if SPEC_KEY not in metadata:
+        raise ModelError(
+            f"{path}: an ONNX file, but no recontrast-edge model (metadata {SPEC_KEY!r} is missing); "
+            "make one with `recontrast-edge export`"
+        )
+    return ModelSpec.loads(metadata[SPEC_KEY], where=str(path))
+
+
+def output_names(path: Path) -> list[str]:
+    """Names of the graph's outputs.
+
+    Raises:
+        ModelError: missing, unreadable or damaged file.
+    """
+    data = _load(path)
+    try:
+        return [
+            bytes(value[start:end]).decode()
+            for graph in _payloads(data, _GRAPH_FIELD)
+            for value in _payloads(graph, _OUTPUT_FIELD)
+            for number, _, _, start, end in _fields(value)
+            if number == _NAME_FIELD
+        ]
+    except (_BrokenError, UnicodeDecodeError):
+        raise ModelError(f"{path}: not a complete ONNX file; it is damaged or cut off, export it again") from None
+
+
+def _payloads(data: memoryview, wanted: int) -> Iterator[memoryview]:
+    for number, wire, _, start, end in _fields(data):
+        if number == wanted and wire == _LENGTH_DELIMITED:
+            yield data[start:end]
 
 
 def graph_sha256(path: Path) -> str:

@@ -16,7 +16,7 @@ import numpy as np
 
 from recontrast_edge.engines import Inference
 from recontrast_edge.errors import ModelError
-from recontrast_edge.onnxfile import SPEC_KEY, graph_sha256, read_metadata
+from recontrast_edge.onnxfile import graph_sha256, read_spec
 from recontrast_edge.preprocess import Image, preprocess
 from recontrast_edge.scoring import (
     INPUT_NAME,
@@ -29,7 +29,6 @@ from recontrast_edge.scoring import (
     reconstruction_name,
     target_name,
 )
-from recontrast_edge.spec import ModelSpec
 
 
 class OnnxEngine:
@@ -45,13 +44,7 @@ class OnnxEngine:
 
     def __init__(self, path: Path, *, threads: int | None = None) -> None:
         self.path = path
-        metadata = read_metadata(path)
-        if SPEC_KEY not in metadata:
-            raise ModelError(
-                f"{path}: an ONNX file, but no recontrast-edge model (metadata {SPEC_KEY!r} is missing); "
-                "make one with `recontrast-edge export`"
-            )
-        self.spec = ModelSpec.loads(metadata[SPEC_KEY], where=str(path))
+        self.spec = read_spec(path)
         self.sha256 = graph_sha256(path)
         self._session = self._open(path, threads)
         self._outputs = self._check_outputs()

@@ -1,0 +1,102 @@
+"""``recontrast-edge eval``: metrics of a model on a test set."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from recontrast_edge.cli import app
+
+if TYPE_CHECKING:
+    from recontrast_edge.evaluation import Evaluation, Metric, Rate
+
+
+@app.command("eval")
+def evaluate_command(
+    engine: str = typer.Option(..., help="Model file (.onnx), or `demo` for the packaged model."),
+    data: Path = typer.Option(..., help="Test set in MVTec layout (test/good, test/KIND, ground_truth/KIND)."),
+    json_path: Path | None = typer.Option(None, "--json", metavar="FILE", help="Also write everything as JSON."),
+    threads: int | None = typer.Option(None, min=1, max=1024, help="CPU threads  [default: chosen by the engine]"),
+) -> None:
+    """Measure a model on a test set: I-AUROC, P-AUROC, AUPRO, per kind of defect, and errors at its threshold."""
+    from recontrast_edge.datasets import data_sha256, find_dataset
+    from recontrast_edge.engines import open_engine
+    from recontrast_edge.evaluation import evaluate
+
+    dataset = find_dataset(data)
+    samples = dataset.test_samples()
+    with open_engine(engine, threads=threads) as opened:
+        evaluation = evaluate(opened.infer, samples, opened.spec, progress=True)
+        identity = {
+            "engine": {"file": opened.path.name, "name": opened.name, "sha256": opened.sha256},
+            "data": {"name": dataset.name, "sha256": data_sha256(samples)},
+        }
+        threshold = opened.spec.threshold
+        foreign = threshold is not None and threshold.engine_sha256 not in (None, opened.sha256)
+    show_evaluation(evaluation, dataset.name, foreign)
+    if json_path is not None:
+        _write_json(json_path, {**evaluation.to_json(), **identity})
+
+
+def show_evaluation(evaluation: Evaluation, data_name: str, foreign: bool) -> None:
+    """Print the metrics of a test set as a table."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    n_defect = evaluation.overall.n_defect
+    table = Table(
+        title=f"{evaluation.spec.class_name} on {data_name}: {evaluation.n_good} good, {n_defect} with defects",
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+    )
+    table.add_column("kind")
+    for heading in ("images", "I-AUROC %", "P-AUROC %", "AUPRO %"):
+        table.add_column(heading, justify="right")
+    rows = [*evaluation.kinds.items(), ("all", evaluation.overall)]
+    for kind, metrics in rows:
+        if kind == "all":
+            table.add_section()
+        cells = (_percent(metrics.i_auroc), _percent(metrics.p_auroc), _percent(metrics.aupro))
+        table.add_row(kind, str(metrics.n_defect), *cells)
+    # The width of a pipe is no reason to cut names.
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(table)
+    best = "-" if evaluation.f1_max_threshold is None else f"{evaluation.f1_max_threshold:.4f}"
+    console.print(f"I-AP {_percent(evaluation.i_ap)} %, F1-max {_percent(evaluation.f1_max)} % (at score >= {best})")
+    at = evaluation.at_threshold
+    if at is None:
+        console.print("No threshold yet: set one with `recontrast-edge calibrate`.")
+    else:
+        console.print(f"At the model's threshold (REJECT where score > {at.value:.6g}):")
+        console.print(f"  good parts rejected: {_rate(at.false_rejects)}")
+        console.print(f"  defects passed:      {_rate(at.misses)}")
+    if foreign:
+        console.print("note: the threshold was set for another export of this model; calibrate again")
+    undefined = {metric.reason for _, row in rows for metric in (row.i_auroc, row.p_auroc, row.aupro) if metric.reason}
+    for reason in sorted(undefined):
+        console.print(f"note: a dash means that {reason}")
+    for note in evaluation.notes:
+        console.print(f"note: {note}")
+
+
+def _percent(metric: Metric) -> str:
+    return "-" if metric.value is None else f"{100 * metric.value:.2f}"
+
+
+def _rate(rate: Rate | None) -> str:
+    if rate is None:
+        return "none to count"
+    share = f"{rate.count} of {rate.of} ({100 * rate.count / rate.of:.2f} %)"
+    return f"{share}, 95 % interval {100 * rate.low:.2f} ... {100 * rate.high:.2f} %"
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    import json
+
+    from recontrast_edge.images import atomic_write
+
+    with atomic_write(path) as file:
+        file.write((json.dumps(content, indent=2) + "\n").encode())
