@@ -1,0 +1,120 @@
+"""``recontrast-edge run``: judge a stream."""
+
+from __future__ import annotations
+
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from recontrast_edge.cli import app
+from recontrast_edge.errors import EXIT_FAULTS, UsageError
+
+if TYPE_CHECKING:
+    from recontrast_edge.pipeline import Pipeline
+
+
+class ModeOption(str, Enum):
+    """Values of --mode."""
+
+    LIVE = "live"
+    EVERY = "every"
+
+
+@app.command("run")
+def run_command(
+    engine: Annotated[str, typer.Option(help="Model file (.onnx), or `demo` for the packaged one.")],
+    source: Annotated[
+        str,
+        typer.Option(
+            help="Image, folder or video file, or a URI such as `synthetic://mixed?defect_rate=0.1&fps=30`.",
+        ),
+    ],
+    output: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="URI",
+            help="Where verdicts go; may be given several times: `jsonl:FILE` (`-` is standard output), "
+            "`video:FILE?fps=30`, `images:DIR?which=rejects|all`.",
+        ),
+    ] = None,
+    mode: Annotated[
+        ModeOption | None,
+        typer.Option(
+            help="`live`: the newest frame wins, others are dropped and counted. `every`: no frame is skipped, whoever "
+            "is slow makes the others wait.  [default: live for a live source, every for others]",
+        ),
+    ] = None,
+    max_frames: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Stop after N frames.  [default: no limit]")
+    ] = None,
+    threshold: Annotated[
+        float | None, typer.Option(metavar="X", help="Reject above this score.  [default: the model's own threshold]")
+    ] = None,
+    summary: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Write counts, faults, confusion and latency percentiles (ms) to this JSON file."
+        ),
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, max=1024, help="CPU threads.  [default: chosen by the engine]")
+    ] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No live view; only the last line.")] = False,
+) -> None:
+    """Judge every frame of a source: PASS, REJECT or FAULT."""
+    from contextlib import ExitStack, closing
+    from threading import Event
+
+    from recontrast_edge.engines import open_engine
+    from recontrast_edge.pipeline import Pipeline, Statistics, stop_on_signals, warm_up
+    from recontrast_edge.sinks import open_sink
+    from recontrast_edge.sources import open_source
+    from recontrast_edge.verdict import resolve_threshold
+
+    outputs = output or []
+    if len(set(outputs)) < len(outputs):
+        raise UsageError("the same --output was given twice")
+    records_on_stdout = "jsonl:-" in outputs
+    stop, statistics = Event(), Statistics()
+    with ExitStack() as stack:
+        opened = stack.enter_context(open_engine(engine, threads=threads))
+        limit = resolve_threshold(opened, threshold)
+        warm_up(opened)
+        frames = stack.enter_context(closing(open_source(source)))
+        sinks = [stack.enter_context(closing(open_sink(uri, input_spec=opened.spec.input))) for uri in outputs]
+        stack.enter_context(stop_on_signals(stop))
+        if not quiet:
+            from recontrast_edge.sinks.terminal import TerminalView
+
+            title = f"{opened.spec.class_name} · {opened.name} · {frames.uri}"
+            view = TerminalView(statistics, title=title, to_stderr=records_on_stdout)
+            sinks.append(stack.enter_context(closing(view)))
+        pipeline = Pipeline(
+            opened,
+            frames,
+            sinks,
+            threshold=limit,
+            mode=None if mode is None else mode.value,
+            max_frames=max_frames,
+            stop=stop,
+            statistics=statistics,
+        )
+        pipeline.run()
+        if summary is not None:
+            pipeline.write_summary(summary)
+    finish(pipeline, to_stderr=records_on_stdout)
+
+
+def finish(pipeline: Pipeline, *, to_stderr: bool) -> None:
+    """Say how the run ended, in one line, and end with the exit code that belongs to it."""
+    statistics = pipeline.statistics
+    reason = pipeline.stopped_by.replace("_", " ")
+    typer.echo(f"{statistics.counts_line()}; {statistics.latency_line()}; stopped by {reason}", err=to_stderr)
+    if pipeline.errors:
+        for error in pipeline.errors[1:]:
+            typer.echo(f"error: {error}", err=True)
+        raise pipeline.errors[0]
+    if statistics.verdicts["FAULT"]:
+        raise typer.Exit(EXIT_FAULTS)

@@ -1,0 +1,103 @@
+"""Outputs: where judgements go.
+
+    sink = open_sink("video:annotated.mp4?fps=30", input_spec=engine.spec.input)
+
+| URI | writes |
+| --- | --- |
+| `jsonl:FILE` | one JSON object a frame and line; `jsonl:-` is standard output |
+| `video:FILE?fps=30` | annotated frames beside their heat maps; `.mp4`, `.mkv`, `.mov` or `.avi` |
+| `images:DIR?which=rejects` | annotated PNG, 16-bit map and JSON record of rejects, or of `all` |
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from recontrast_edge.errors import UsageError
+from recontrast_edge.frame import Sink
+from recontrast_edge.spec import InputSpec
+
+
+def open_sink(uri: str, *, input_spec: InputSpec) -> Sink:
+    """Open an output.
+
+    Args:
+        uri: ``scheme:target?key=value&key=value``.
+        input_spec: where the engine's maps lie in the images.
+
+    Raises:
+        UsageError: unknown scheme, key or value.
+        OutputError: nothing can be written there.
+    """
+    scheme, target, options = _split(uri)
+    return _SCHEMES[scheme](uri, target, options, input_spec)
+
+
+def _split(uri: str) -> tuple[str, str, dict[str, str]]:
+    scheme, colon, rest = uri.partition(":")
+    if not colon or scheme not in _SCHEMES:
+        raise UsageError(
+            f"output {uri!r}: expected one of {', '.join(f'{known}:...' for known in _SCHEMES)}; "
+            f"for records in a file: jsonl:{'FILE' if colon else uri}"
+        )
+    target, _, query = rest.partition("?")
+    if not target:
+        raise UsageError(f"output {uri!r}: a file or folder is missing after {scheme!r}:")
+    options: dict[str, str] = {}
+    for item in filter(None, query.split("&")):
+        key, equals, value = item.partition("=")
+        if not equals or not value or key in options:
+            raise UsageError(f"output {uri!r}: expected each option once, as key=value, got {item!r}")
+        options[key] = value
+    return scheme, target, options
+
+
+def _check_keys(uri: str, options: Mapping[str, str], known: tuple[str, ...]) -> None:
+    for key in options:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, 1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known) or 'none'}"
+            raise UsageError(f"output {uri!r}: unknown option {key!r}; {hint}")
+
+
+def _open_jsonl(uri: str, target: str, options: Mapping[str, str], input_spec: InputSpec) -> Sink:
+    from recontrast_edge.sinks.jsonl import JsonlSink
+
+    _check_keys(uri, options, ())
+    return JsonlSink(None if target == "-" else Path(target))
+
+
+def _open_video(uri: str, target: str, options: Mapping[str, str], input_spec: InputSpec) -> Sink:
+    from recontrast_edge.sinks.video import CONTAINERS, FPS_RANGE, VideoSink
+
+    _check_keys(uri, options, ("fps",))
+    path = Path(target)
+    if path.suffix.lower() not in CONTAINERS:
+        raise UsageError(f"output {uri!r}: expected a file ending in {', '.join(CONTAINERS)}, got {path.suffix!r}")
+    text = options.get("fps", "30")
+    try:
+        fps = float(text)
+    except ValueError:
+        fps = float("nan")
+    if not FPS_RANGE[0] <= fps <= FPS_RANGE[1]:
+        raise UsageError(f"output {uri!r}: fps must be a number from {FPS_RANGE[0]} to {FPS_RANGE[1]}, got {text!r}")
+    return VideoSink(path, input_spec, fps=fps)
+
+
+def _open_images(uri: str, target: str, options: Mapping[str, str], input_spec: InputSpec) -> Sink:
+    from recontrast_edge.sinks.images import ImagesSink
+
+    _check_keys(uri, options, ("which",))
+    which = options.get("which", "rejects")
+    if which not in ("rejects", "all"):
+        raise UsageError(f"output {uri!r}: which must be 'rejects' or 'all', got {which!r}")
+    return ImagesSink(Path(target), input_spec, every=which == "all")
+
+
+_SCHEMES: dict[str, Callable[[str, str, Mapping[str, str], InputSpec], Sink]] = {
+    "jsonl": _open_jsonl,
+    "video": _open_video,
+    "images": _open_images,
+}
