@@ -12,11 +12,16 @@ import sys
 from pathlib import Path
 
 import pytest
+from pydantic import BaseModel
 
 from recontrast_edge.cli.reference import reference
+from recontrast_edge.frame import Frame, Judgement
+from recontrast_edge.pipeline import Statistics
+from recontrast_edge.spec import InputSpec, ModelSpec, Scoring, Threshold
 from recontrast_edge.verdict import Fault
 
 ROOT = Path(__file__).parent.parent
+ARTIFACTS = ROOT / "docs" / "artifacts.md"
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 BLOCK = re.compile(r"^```(?P<info>[^\n]*)\n(?P<body>.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\((?!https?://)(?P<target>[^)#\s]+)[^)]*\)")
@@ -97,5 +102,38 @@ def test_exit_codes_are_up_to_date() -> None:
 
 def test_fault_codes_are_up_to_date() -> None:
     rows = [f"| `{fault.value}` | {fault.meaning} |" for fault in Fault]
-    text = (ROOT / "docs" / "artifacts.md").read_text(encoding="utf-8")
-    assert "\n".join(rows) in text, "python -m recontrast_edge.verdict prints the table"
+    assert "\n".join(rows) in ARTIFACTS.read_text(encoding="utf-8"), (
+        "python -m recontrast_edge.verdict prints the table"
+    )
+
+
+def documented(section: str) -> set[str]:
+    """Names in the first column of a section's tables."""
+    text = re.split(r"^## ", ARTIFACTS.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    (body,) = (part for part in text if part.startswith(f"{section}\n"))
+    return {
+        name for line in re.findall(r"^\| (`[^|]+) \|", body, re.MULTILINE) for name in re.findall(r"`([^`]+)`", line)
+    }
+
+
+def spec_fields(model: type[BaseModel], prefix: str = "") -> set[str]:
+    """Dotted names of the leaves; provenance and the list of levels count as leaves."""
+    nested = {"input": InputSpec, "scoring": Scoring, "threshold": Threshold}
+    names = set()
+    for name in model.model_fields:
+        names |= spec_fields(nested[name], f"{name}.") if name in nested else {prefix + name}
+    return names
+
+
+def test_every_field_of_the_spec_is_documented() -> None:
+    assert documented("The spec") == spec_fields(ModelSpec) | {"threshold"}
+
+
+def test_every_field_of_a_record_is_documented() -> None:
+    frame = Frame(frame_id=0, source="part.png", image=None, captured_s=0.0, fault="unreadable_image")
+    record = Judgement(frame, "FAULT", None, 0.5).record()
+    assert documented("Records") == set(record) | {fault.value for fault in Fault}
+
+
+def test_every_field_of_a_summary_is_documented() -> None:
+    assert documented("Summary") >= set(Statistics().summary())
