@@ -1,0 +1,550 @@
+// From feature pairs to anomaly map and score, reading every feature once.
+//
+//     distance_*  features -> d_l, the cosine distances of each level, both views added
+//     fold_map    d_l -> map = sum_l R_l d_l C_l^T (upsampling and blur in one banded matrix an axis), and its maximum
+//     top_score   map -> mean of its largest pixels; only for the score rule "top"
+//
+// The definition is recontrast_edge/scoring.py; docs/kernels.md explains the design. The launch plan in
+// recontrast_edge/kernels/__init__.py fills AnomalyMapParams and knows grids, blocks, shared memory and workspace.
+// Sums are FP32 in an order that depends on the plan alone: the same features give the same bits, alone or in a batch.
+
+#include "device.cuh"
+
+constexpr int kMaxLevels = 8;
+constexpr int kViews = 2;
+constexpr int kSums = 3;  // dot product, |target|^2, |reconstruction|^2
+constexpr int kUnroll = 4;  // channels a thread has in flight
+constexpr int kWarp = 32;
+constexpr int kThreads = 256;
+constexpr int kTileWidth = 32;  // map pixels of a fold block; one thread a pixel
+constexpr int kTileHeight = kThreads / kTileWidth;
+constexpr int kTopThreads = 512;
+constexpr int kTopLoads = 8;  // map pixels a thread of top_score has in flight
+constexpr int kBins = 2048;
+constexpr int kDigits = 3;  // of a key, upper first: 11, 11 and 10 bits
+constexpr float kEps = 1e-8f;  // scoring.EPS
+constexpr float kMaxFloat = 3.402823466e+38f;
+constexpr unsigned int kAllLanes = 0xffffffffu;
+constexpr unsigned int kNanKey = 0xffffffffu;
+
+struct Level {
+    const void* target[kViews];  // (N, channels, height, width)
+    const void* reconstruction[kViews];
+    float* partials;  // (N, tiles, kViews * splits, kSums, tile_pixels)
+    float* distances;  // (N, height, width)
+    unsigned int* arrivals;  // (N, tiles), zero between launches
+    const int* row_first;  // (map_height): first row of d_l that a map row takes
+    const float* row_weights;  // (map_height, row_taps)
+    const int* column_first;  // (map_width)
+    const float* column_weights;  // (map_width, column_taps)
+    int channels;
+    int height;
+    int width;
+    int row_taps;
+    int column_taps;
+    int pixels_per_load;  // neighbours a thread reads at once: 16 or 8 bytes of them, or one
+    int columns;  // threads of a block along the pixels, a power of two; the others go along the channels
+    int tiles;  // blocks along the pixels
+    int splits;  // blocks along the channels
+    int split_channels;
+    int first_block;  // of this level in the grid
+    int reserved;
+};
+
+struct AnomalyMapParams {
+    Level level[kMaxLevels];
+    float* map;  // (N, map_height, map_width)
+    float* score;  // (N)
+    unsigned int* max_key;  // (N), zero between launches
+    unsigned int* arrivals;  // (N), zero between launches
+    unsigned int* histogram;  // (N, kBins), zero between launches; null for the rule "max"
+    int levels;
+    int map_height;
+    int map_width;
+    int top_count;
+};
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Keys: unsigned numbers in the order of the floats, with every NaN above infinity, so that no maximum loses one.
+
+__device__ __forceinline__ unsigned int key_of(float value)
+{
+    if (value != value) {
+        return kNanKey;
+    }
+    const unsigned int bits = __float_as_uint(value);
+    return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+}
+
+__device__ __forceinline__ float value_of(unsigned int key)
+{
+    return __uint_as_float(key & 0x80000000u ? key & 0x7fffffffu : ~key);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Distances
+
+__device__ __forceinline__ void unpack(uint4 raw, float (&value)[8])
+{
+    const unsigned int words[4] = {raw.x, raw.y, raw.z, raw.w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        const float2 pair = half2_bits_to_float2(words[i]);
+        value[2 * i] = pair.x;
+        value[2 * i + 1] = pair.y;
+    }
+}
+
+__device__ __forceinline__ void unpack(uint2 raw, float (&value)[4])
+{
+    const float2 low = half2_bits_to_float2(raw.x);
+    const float2 high = half2_bits_to_float2(raw.y);
+    value[0] = low.x;
+    value[1] = low.y;
+    value[2] = high.x;
+    value[3] = high.y;
+}
+
+__device__ __forceinline__ void unpack(unsigned short raw, float (&value)[1])
+{
+    value[0] = half2_bits_to_float2(raw).x;
+}
+
+__device__ __forceinline__ void unpack(float4 raw, float (&value)[4])
+{
+    value[0] = raw.x;
+    value[1] = raw.y;
+    value[2] = raw.z;
+    value[3] = raw.w;
+}
+
+__device__ __forceinline__ void unpack(float raw, float (&value)[1])
+{
+    value[0] = raw;
+}
+
+template <typename Raw, int kPixels>
+__device__ __forceinline__ void add_channel(Raw target, Raw reconstruction, float (&sums)[kSums][kPixels])
+{
+    float t[kPixels];
+    float r[kPixels];
+    unpack(target, t);
+    unpack(reconstruction, r);
+#pragma unroll
+    for (int i = 0; i < kPixels; ++i) {
+        sums[0][i] += t[i] * r[i];
+        sums[1][i] += t[i] * t[i];
+        sums[2][i] += r[i] * r[i];
+    }
+}
+
+// The three sums over one block's share of the channels, for one tile of one view: features -> `sums` in shared memory,
+// (rows, kSums, tile_pixels).
+template <typename Raw, int kPixels>
+__device__ __forceinline__ void sum_channels(
+    const Level& level, const void* target, const void* reconstruction, int image, int tile, int split, float* shared_sums)
+{
+    const int column = threadIdx.x % level.columns;
+    const int row = threadIdx.x / level.columns;
+    const int rows = kThreads / level.columns;
+    const int loads = level.height * level.width / kPixels;  // per channel
+    const int load = tile * level.columns + column;
+    const int begin = split * level.split_channels;
+    const int end = min(begin + level.split_channels, level.channels);
+
+    float sums[kSums][kPixels] = {};
+    if (load < loads) {
+        const size_t offset = static_cast<size_t>(image) * level.channels * loads + load;
+        const Raw* t = static_cast<const Raw*>(target) + offset;
+        const Raw* r = static_cast<const Raw*>(reconstruction) + offset;
+        int channel = begin + row;
+        // All loads of a round are issued before the first is used: 2 * kUnroll of them hide the memory's latency.
+        for (; channel + (kUnroll - 1) * rows < end; channel += kUnroll * rows) {
+            Raw t_raw[kUnroll];
+            Raw r_raw[kUnroll];
+#pragma unroll
+            for (int i = 0; i < kUnroll; ++i) {
+                const size_t at = static_cast<size_t>(channel + i * rows) * loads;
+                t_raw[i] = __ldcs(t + at);
+                r_raw[i] = __ldcs(r + at);
+            }
+#pragma unroll
+            for (int i = 0; i < kUnroll; ++i) {
+                add_channel<Raw, kPixels>(t_raw[i], r_raw[i], sums);
+            }
+        }
+        for (; channel < end; channel += rows) {
+            const size_t at = static_cast<size_t>(channel) * loads;
+            add_channel<Raw, kPixels>(__ldcs(t + at), __ldcs(r + at), sums);
+        }
+    }
+    const int tile_pixels = level.columns * kPixels;
+    float* own = shared_sums + row * kSums * tile_pixels + column * kPixels;
+#pragma unroll
+    for (int k = 0; k < kSums; ++k) {
+#pragma unroll
+        for (int i = 0; i < kPixels; ++i) {
+            own[k * tile_pixels + i] = sums[k][i];
+        }
+    }
+}
+
+// 1 - cos. Sums that overflowed FP32 give NaN: a distance that is not known must not look like one that is.
+__device__ __forceinline__ float cosine_distance(float dot, float square_t, float square_r)
+{
+    if (!(fabsf(dot) <= kMaxFloat && square_t <= kMaxFloat && square_r <= kMaxFloat)) {
+        return __uint_as_float(0x7fffffffu);
+    }
+    // Two divisions, because the product of two large norms overflows.
+    return 1.0f - dot / fmaxf(sqrtf(square_t), kEps) / fmaxf(sqrtf(square_r), kEps);
+}
+
+// One tile's distances from the partial sums of all its blocks.
+__device__ __forceinline__ void finish_tile(const Level& level, const float* partials, int image, int tile, int tile_pixels)
+{
+    const int pixels = level.height * level.width;
+    for (int i = threadIdx.x; i < tile_pixels; i += kThreads) {
+        const int pixel = tile * tile_pixels + i;
+        if (pixel >= pixels) {
+            break;
+        }
+        float distance = 0.0f;
+        for (int view = 0; view < kViews; ++view) {
+            float sums[kSums] = {};
+#pragma unroll 4
+            for (int split = 0; split < level.splits; ++split) {
+                const float* part = partials + static_cast<size_t>(view * level.splits + split) * kSums * tile_pixels + i;
+#pragma unroll
+                for (int k = 0; k < kSums; ++k) {
+                    // From L2, where the other blocks' writes are; this SM's L1 need not see them.
+                    sums[k] += __ldcg(part + k * tile_pixels);
+                }
+            }
+            distance += cosine_distance(sums[0], sums[1], sums[2]);
+        }
+        level.distances[static_cast<size_t>(image) * pixels + pixel] = distance;
+    }
+}
+
+struct Features16 {
+    static constexpr int kWidest = 8;
+    using Widest = uint4;
+    using Half = uint2;
+    using One = unsigned short;
+};
+
+struct Features32 {
+    static constexpr int kWidest = 4;
+    using Widest = float4;
+    using One = float;
+};
+
+template <typename Features>
+__device__ __forceinline__ void sum_features(
+    const Level& level, int view, int image, int tile, int split, float* shared_sums)
+{
+    const void* target = level.target[view];
+    const void* reconstruction = level.reconstruction[view];
+    if (level.pixels_per_load == Features::kWidest) {
+        sum_channels<typename Features::Widest, Features::kWidest>(
+            level, target, reconstruction, image, tile, split, shared_sums);
+        return;
+    }
+    if constexpr (Features::kWidest == 8) {
+        if (level.pixels_per_load == 4) {
+            sum_channels<typename Features::Half, 4>(level, target, reconstruction, image, tile, split, shared_sums);
+            return;
+        }
+    }
+    sum_channels<typename Features::One, 1>(level, target, reconstruction, image, tile, split, shared_sums);
+}
+
+// Grid: (blocks of all levels, N). A block sums some channels of one view's tile; the tile's last block to arrive adds
+// the parts up, in their order and not in the order of arrival, and writes the distances.
+template <typename Features>
+__device__ __forceinline__ void distance(const AnomalyMapParams& params)
+{
+    int index = params.levels - 1;
+    while (static_cast<int>(blockIdx.x) < params.level[index].first_block) {
+        --index;
+    }
+    const Level& level = params.level[index];
+    const int image = blockIdx.y;
+    const int parts = kViews * level.splits;
+    const int tile = (blockIdx.x - level.first_block) / parts;
+    const int part = (blockIdx.x - level.first_block) % parts;
+    const int tile_pixels = level.columns * level.pixels_per_load;
+    const int rows = kThreads / level.columns;
+
+    int* is_last = static_cast<int*>(block_memory());
+    // Behind the flag, at the next multiple of 16 bytes.
+    float* shared_sums = static_cast<float*>(block_memory()) + 4;
+    sum_features<Features>(level, part / level.splits, image, tile, part % level.splits, shared_sums);
+    __syncthreads();
+
+    const size_t slot = static_cast<size_t>(image) * level.tiles + tile;
+    float* partials = level.partials + slot * parts * kSums * tile_pixels;
+    float* own = partials + static_cast<size_t>(part) * kSums * tile_pixels;
+    for (int i = threadIdx.x; i < kSums * tile_pixels; i += kThreads) {
+        float total = 0.0f;
+        for (int row = 0; row < rows; ++row) {
+            total += shared_sums[row * kSums * tile_pixels + i];
+        }
+        own[i] = total;
+    }
+    // Every thread's part is visible to the whole device before the block says that it has arrived.
+    __threadfence();
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        // Wraps to zero at the last arrival: ready for the next launch.
+        *is_last = atomicInc(level.arrivals + slot, parts - 1) == static_cast<unsigned int>(parts - 1);
+        __threadfence();
+    }
+    __syncthreads();
+    if (*is_last) {
+        finish_tile(level, partials, image, tile, tile_pixels);
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(kThreads, 3) distance_fp16(const __grid_constant__ AnomalyMapParams params)
+{
+    distance<Features16>(params);
+}
+
+extern "C" __global__ void __launch_bounds__(kThreads, 3) distance_fp32(const __grid_constant__ AnomalyMapParams params)
+{
+    distance<Features32>(params);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Map
+
+__device__ __forceinline__ unsigned int warp_max(unsigned int key)
+{
+#pragma unroll
+    for (int offset = kWarp / 2; offset > 0; offset /= 2) {
+        key = max(key, __shfl_xor_sync(kAllLanes, key, offset));
+    }
+    return key;
+}
+
+__device__ __forceinline__ unsigned int digit_of(unsigned int key, int digit)
+{
+    const int shift = digit == 0 ? 21 : digit == 1 ? 10 : 0;
+    return (key >> shift) & (digit == 2 ? kBins / 2 - 1 : kBins - 1);
+}
+
+// Adds one to `bin`. Neighbouring pixels share bins, so a warp's equal bins become one addition. All lanes take part.
+__device__ __forceinline__ void count(unsigned int* histogram, unsigned int bin, bool counted)
+{
+    const unsigned int same = __match_any_sync(kAllLanes, counted ? bin : kBins);
+    const int leader = __ffs(same) - 1;
+    if (counted && static_cast<int>(threadIdx.x % kWarp) == leader) {
+        atomicAdd(histogram + bin, __popc(same));
+    }
+}
+
+// Grid: (tiles along the width, tiles along the height, N). Shared memory: a key each warp, then for each level
+// (kTileHeight, columns of d_l under the tile) of R_l d_l.
+extern "C" __global__ void __launch_bounds__(kThreads) fold_map(const __grid_constant__ AnomalyMapParams params)
+{
+    const int image = blockIdx.z;
+    const int left = blockIdx.x * kTileWidth;
+    const int top = blockIdx.y * kTileHeight;
+    const int last_x = min(left + kTileWidth, params.map_width) - 1;
+    const int tile_rows = min(kTileHeight, params.map_height - top);
+    unsigned int* warp_keys = static_cast<unsigned int*>(block_memory());
+    float* const folded_rows = static_cast<float*>(block_memory()) + kThreads / kWarp;
+
+    float* folded = folded_rows;
+    for (int index = 0; index < params.levels; ++index) {
+        const Level& level = params.level[index];
+        const int first_column = level.column_first[left];
+        const int columns = level.column_first[last_x] + level.column_taps - first_column;
+        const float* distances =
+            level.distances + static_cast<size_t>(image) * level.height * level.width + first_column;
+        for (int i = threadIdx.x; i < tile_rows * columns; i += kThreads) {
+            const int y = top + i / columns;
+            const float* column = distances + level.row_first[y] * level.width + i % columns;
+            const float* weights = level.row_weights + y * level.row_taps;
+            float sum = 0.0f;
+#pragma unroll 4
+            for (int tap = 0; tap < level.row_taps; ++tap) {
+                sum += weights[tap] * column[tap * level.width];
+            }
+            folded[i] = sum;
+        }
+        folded += kTileHeight * columns;
+    }
+    __syncthreads();
+
+    const int x = left + threadIdx.x % kTileWidth;
+    const int tile_row = threadIdx.x / kTileWidth;
+    unsigned int key = 0;  // below every number's
+    if (x <= last_x && tile_row < tile_rows) {
+        float value = 0.0f;
+        folded = folded_rows;
+        for (int index = 0; index < params.levels; ++index) {
+            const Level& level = params.level[index];
+            const int first_column = level.column_first[left];
+            const int columns = level.column_first[last_x] + level.column_taps - first_column;
+            const float* row = folded + tile_row * columns + level.column_first[x] - first_column;
+            const float* weights = level.column_weights + x * level.column_taps;
+            float sum = 0.0f;
+#pragma unroll 4
+            for (int tap = 0; tap < level.column_taps; ++tap) {
+                sum += weights[tap] * row[tap];
+            }
+            value += sum;
+            folded += kTileHeight * columns;
+        }
+        const size_t pixel = static_cast<size_t>(top + tile_row) * params.map_width + x;
+        params.map[static_cast<size_t>(image) * params.map_height * params.map_width + pixel] = value;
+        key = key_of(value);
+    }
+
+    if (params.histogram != nullptr) {
+        count(params.histogram + image * kBins, digit_of(key, 0), key != 0);
+        return;
+    }
+    key = warp_max(key);
+    if (threadIdx.x % kWarp == 0) {
+        warp_keys[threadIdx.x / kWarp] = key;
+    }
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        for (int warp = 1; warp < kThreads / kWarp; ++warp) {
+            key = max(key, warp_keys[warp]);
+        }
+        atomicMax(params.max_key + image, key);
+        __threadfence();
+        const unsigned int last = gridDim.x * gridDim.y - 1;
+        if (atomicInc(params.arrivals + image, last) == last) {
+            __threadfence();
+            params.score[image] = value_of(atomicExch(params.max_key + image, 0u));
+        }
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Mean of the largest pixels: a radix select on the keys finds the smallest of them, exactly.
+
+struct TopShared {
+    unsigned int histogram[kBins];
+    unsigned int warp_counts[kTopThreads / kWarp];
+    float warp_sums[kTopThreads / kWarp];
+    unsigned int bin;
+    unsigned int wanted;
+};
+
+// The bin that holds the `wanted`-th largest key, and how many are wanted of that bin, -> shared.bin, shared.wanted.
+__device__ __forceinline__ void find_bin(TopShared& shared, unsigned int wanted)
+{
+    constexpr int kOwn = kBins / kTopThreads;
+    const int lane = threadIdx.x % kWarp;
+    const int warp = threadIdx.x / kWarp;
+    // A thread owns kOwn bins; thread 0 the highest ones.
+    const unsigned int* own_bins = shared.histogram + kBins - 1 - kOwn * threadIdx.x;
+    unsigned int own = 0;
+#pragma unroll
+    for (int i = 0; i < kOwn; ++i) {
+        own += own_bins[-i];
+    }
+    unsigned int up_to_here = own;
+#pragma unroll
+    for (int offset = 1; offset < kWarp; offset *= 2) {
+        const unsigned int higher = __shfl_up_sync(kAllLanes, up_to_here, offset);
+        up_to_here += lane >= offset ? higher : 0;
+    }
+    if (lane == kWarp - 1) {
+        shared.warp_counts[warp] = up_to_here;
+    }
+    __syncthreads();
+    unsigned int above = up_to_here - own;
+    for (int higher_warp = 0; higher_warp < warp; ++higher_warp) {
+        above += shared.warp_counts[higher_warp];
+    }
+    if (above < wanted && wanted <= above + own) {
+        int i = 0;
+        while (above + own_bins[-i] < wanted) {
+            above += own_bins[-i];
+            ++i;
+        }
+        shared.bin = kBins - 1 - kOwn * threadIdx.x - i;
+        shared.wanted = wanted - above;
+    }
+    __syncthreads();
+}
+
+// The keys of kTopLoads pixels from `start` on, a block's width apart; 0 past the end.
+__device__ __forceinline__ void load_keys(const float* map, int start, int pixels, unsigned int (&keys)[kTopLoads])
+{
+#pragma unroll
+    for (int i = 0; i < kTopLoads; ++i) {
+        const int pixel = start + i * kTopThreads + threadIdx.x;
+        keys[i] = pixel < pixels ? key_of(map[pixel]) : 0;
+    }
+}
+
+// Grid: (N). fold_map has counted the upper digit; two passes count the others, one more adds up what lies above.
+extern "C" __global__ void __launch_bounds__(kTopThreads) top_score(const __grid_constant__ AnomalyMapParams params)
+{
+    TopShared& shared = *static_cast<TopShared*>(block_memory());
+    const int image = blockIdx.x;
+    const int pixels = params.map_height * params.map_width;
+    const float* map = params.map + static_cast<size_t>(image) * pixels;
+    unsigned int* counted = params.histogram + image * kBins;
+    unsigned int keys[kTopLoads];
+
+    for (int bin = threadIdx.x; bin < kBins; bin += kTopThreads) {
+        shared.histogram[bin] = counted[bin];
+        counted[bin] = 0;
+    }
+    __syncthreads();
+    find_bin(shared, params.top_count);
+    unsigned int prefix = shared.bin;
+    unsigned int wanted = shared.wanted;
+    for (int digit = 1; digit < kDigits; ++digit) {
+        const int prefix_shift = digit == 1 ? 21 : 10;
+        for (int bin = threadIdx.x; bin < kBins; bin += kTopThreads) {
+            shared.histogram[bin] = 0;
+        }
+        __syncthreads();
+        for (int start = 0; start < pixels; start += kTopLoads * kTopThreads) {
+            load_keys(map, start, pixels, keys);
+#pragma unroll
+            for (int i = 0; i < kTopLoads; ++i) {
+                count(shared.histogram, digit_of(keys[i], digit), keys[i] != 0 && keys[i] >> prefix_shift == prefix);
+            }
+        }
+        __syncthreads();
+        find_bin(shared, wanted);
+        prefix = prefix << (digit == 1 ? 11 : 10) | shared.bin;
+        wanted = shared.wanted;
+    }
+
+    // `prefix` is now the smallest key of the top; `wanted` of the pixels that have it belong to the top.
+    float sum = 0.0f;
+    for (int start = 0; start < pixels; start += kTopLoads * kTopThreads) {
+        load_keys(map, start, pixels, keys);
+#pragma unroll
+        for (int i = 0; i < kTopLoads; ++i) {
+            sum += keys[i] > prefix ? value_of(keys[i]) : 0.0f;
+        }
+    }
+#pragma unroll
+    for (int offset = kWarp / 2; offset > 0; offset /= 2) {
+        sum += __shfl_xor_sync(kAllLanes, sum, offset);
+    }
+    if (threadIdx.x % kWarp == 0) {
+        shared.warp_sums[threadIdx.x / kWarp] = sum;
+    }
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        float total = static_cast<float>(wanted) * value_of(prefix);
+        for (int warp = 0; warp < kTopThreads / kWarp; ++warp) {
+            total += shared.warp_sums[warp];
+        }
+        params.score[image] = total / params.top_count;
+    }
+}
