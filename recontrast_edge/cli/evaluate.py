@@ -61,8 +61,8 @@ def show_evaluation(evaluation: Evaluation, data_name: str, foreign: bool) -> No
             table.add_section()
         cells = (_percent(metrics.i_auroc), _percent(metrics.p_auroc), _percent(metrics.aupro))
         table.add_row(kind, str(metrics.n_defect), *cells)
-    # The width of a pipe is no reason to cut names.
-    console = Console(highlight=False, soft_wrap=True)
+    # Names come from folders: no markup. The width of a pipe is no reason to cut them.
+    console = Console(highlight=False, markup=False, soft_wrap=True)
     console.print(table)
     best = "-" if evaluation.f1_max_threshold is None else f"{evaluation.f1_max_threshold:.4f}"
     console.print(f"I-AP {_percent(evaluation.i_ap)} %, F1-max {_percent(evaluation.f1_max)} % (at score >= {best})")
