@@ -21,8 +21,8 @@ TORCH_SPEC ?= torch==2.13.0
 
 DEMO_VENV := build/venv-demo
 TEST_VENV := build/venv-test
-RUNTIME := $(shell find recontrast_edge train export -type f -not -name '*.pyc')
-BUILD := pyproject.toml CMakeLists.txt README.md LICENSE
+BUILD := pyproject.toml CMakeLists.txt $(wildcard recontrast_edge/kernels/*.cu*)
+SOURCES := $(shell find recontrast_edge train export -type f -not -name '*.pyc')
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -46,12 +46,12 @@ clean:
 	rm -rf build dist demo-output .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 # The demo runs what people get from `pip install .`, so it is installed again when a source file changes.
-$(DEMO_VENV)/installed: $(BUILD) $(RUNTIME)
+$(DEMO_VENV)/installed: $(BUILD) $(SOURCES)
 	$(call venv,$(DEMO_VENV))
 	$(DEMO_VENV)/bin/python -m pip install .
 	@touch $@
 
-# The tests run against the checkout, so only a change of the dependencies installs anything.
+# The tests run against the checkout, so only new dependencies or kernels install anything.
 $(TEST_VENV)/installed: $(BUILD)
 	$(call venv,$(TEST_VENV))
 	$(TEST_VENV)/bin/python -m pip install '$(TORCH_SPEC)' --editable '.[train,export,dev]'
@@ -60,9 +60,9 @@ $(TEST_VENV)/installed: $(BUILD)
 define venv
 @test -n '$(PYTHON)' || { echo 'error: expected Python 3.10 or newer as one of: $(CANDIDATES); found none.' \
 	'Install one, or name it: make PYTHON=/path/to/python3' >&2; exit 1; }
-@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo 'error: expected Python 3.10 or newer,' \
-	"got $$($(PYTHON) --version 2>&1); name another: make PYTHON=/path/to/python3" >&2; exit 1; }
+@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || { echo 'error: expected Python 3.10 or newer,' \
+	"got $$($(PYTHON) --version 2>&1 | head -n 1); name another: make PYTHON=/path/to/python3" >&2; exit 1; }
 @$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo 'error: $(PYTHON) cannot make environments;' \
 	'on Debian and Ubuntu install it: sudo apt-get install python3-venv' >&2; exit 1; }
-@test -x $(1)/bin/python || $(PYTHON) -m venv $(1)
+@$(PYTHON) -m venv $(1)
 endef
