@@ -83,20 +83,19 @@ def _worst(evaluation: Evaluation) -> Figure:
     order = np.argsort(evaluation.scores)
     misses = [index for index in order if not good[index]][:_WORST]
     alarms = [index for index in order[::-1] if good[index]][:_WORST]
-    columns = max(len(misses), len(alarms), 1)
-    figure = Figure(figsize=(2.2 * columns, 9.6), layout="constrained")
-    axes = figure.subplots(4, columns, squeeze=False)
+    figure = Figure(figsize=(2.2 * _WORST, 10.5), layout="constrained")
     high = float(np.quantile(evaluation.scores, 0.95))
     low = float(np.quantile(evaluation.maps, 0.02))
-    for column in range(columns):
-        for row, chosen in ((0, misses), (2, alarms)):
-            picture, heat = axes[row, column], axes[row + 1, column]
+    titles = ("Lowest-scoring defects (contour: ground truth)", "Highest-scoring good parts")
+    for part, chosen, title in zip(figure.subfigures(2, 1), (misses, alarms), titles, strict=True):
+        part.suptitle(title, weight="bold")
+        axes = part.subplots(2, _WORST)
+        for column in range(_WORST):
+            picture, heat = axes[0, column], axes[1, column]
             picture.set_axis_off()
             heat.set_axis_off()
             if column < len(chosen):
-                _draw(picture, heat, evaluation, chosen[column], low, high)
-    axes[0, 0].annotate("lowest-scoring defects (contour: truth)", (0, 1.22), xycoords="axes fraction", weight="bold")
-    axes[2, 0].annotate("highest-scoring good parts", (0, 1.22), xycoords="axes fraction", weight="bold")
+                _draw(picture, heat, evaluation, int(chosen[column]), low, high)
     return figure
 
 

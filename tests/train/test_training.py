@@ -1,0 +1,287 @@
+"""Fitting and resuming, and the command on a tiny data set."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch", reason="needs the train extra")
+
+from recontrast_edge.errors import InputError, MissingError, ModelError, UsageError  # noqa: E402
+from recontrast_edge.spec import InputSpec, ModelSpec  # noqa: E402
+from recontrast_train.data import GoodImages, batches, split_holdout  # noqa: E402
+from recontrast_train.fit import TrainingStoppedError, fit  # noqa: E402
+from recontrast_train.model import ReContrast  # noqa: E402
+from recontrast_train.recipe import Recipe, load_recipe, packaged_recipes, parse_settings  # noqa: E402
+from recontrast_train.run import load_run  # noqa: E402
+from recontrast_train.training import TrainOptions, train  # noqa: E402
+
+SIZE = 64
+INPUT = InputSpec(size_wh=(SIZE, SIZE), resize_wh=(SIZE, SIZE), mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+RECIPE = Recipe(backbone="efficientnet_lite0", size_wh=(SIZE, SIZE), iterations=5, batch=2, seed=3)
+
+
+def write_images(folder: Path, count: int, *, spot: bool = False, seed: int = 0) -> list[Path]:
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(seed)
+    paths = []
+    for index in range(count):
+        image = np.clip(rng.normal(120, 8, (80, 72)), 0, 255).astype(np.uint8)
+        if spot:
+            cv2.circle(image, (30, 40), 8, 255, -1)
+        paths.append(folder / f"part{index // 2}_{index}.png")
+        cv2.imwrite(str(paths[-1]), image)
+    return paths
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    root = tmp_path / "washers"
+    write_images(root / "train" / "good", 6)
+    write_images(root / "test" / "good", 3, seed=1)
+    write_images(root / "test" / "spot", 3, spot=True, seed=2)
+    for index in range(3):
+        mask = np.zeros((80, 72), np.uint8)
+        cv2.circle(mask, (30, 40), 8, 255, -1)
+        (root / "ground_truth" / "spot").mkdir(parents=True, exist_ok=True)
+        cv2.imwrite(str(root / "ground_truth" / "spot" / f"part{index // 2}_{index}_mask.png"), mask)
+    return root
+
+
+def run_fit(paths: list[Path], checkpoint: Path, *, stop_after: int | None = None, resume: bool = False, recipe: Recipe = RECIPE):  # type: ignore[no-untyped-def]
+    torch.manual_seed(recipe.seed)
+    model = ReContrast(recipe.backbone)
+    done = 0
+
+    def on_iteration(iteration: int, loss: float | None) -> None:
+        nonlocal done
+        done = iteration
+
+    losses = fit(
+        model,
+        GoodImages(paths, INPUT, cache=True),
+        recipe,
+        checkpoint=checkpoint,
+        fingerprint="same",
+        resume=resume,
+        on_iteration=on_iteration,
+        should_stop=lambda: stop_after is not None and done + 1 >= stop_after,
+    )
+    return model, losses
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_resumed_training_is_bitwise_the_unbroken_one(tmp_path: Path, precision: str) -> None:
+    recipe = RECIPE.model_copy(update={"precision": precision, "amsgrad": True, "lr_drop_at": 0.5})
+    paths = write_images(tmp_path / "good", 5)
+    whole, whole_losses = run_fit(paths, tmp_path / "a.safetensors", recipe=recipe)
+    with pytest.raises(TrainingStoppedError):
+        run_fit(paths, tmp_path / "b.safetensors", stop_after=2, recipe=recipe)
+    broken, broken_losses = run_fit(paths, tmp_path / "b.safetensors", resume=True, recipe=recipe)
+    assert len(whole_losses) == 5
+    assert whole_losses == broken_losses
+    for key, value in whole.state_dict().items():
+        assert torch.equal(value, broken.state_dict()[key]), key
+
+
+def test_the_loss_falls(tmp_path: Path) -> None:
+    paths = write_images(tmp_path / "good", 4)
+    _, losses = run_fit(paths, tmp_path / "c.safetensors", recipe=RECIPE.model_copy(update={"iterations": 25}))
+    assert np.mean(losses[-5:]) < 0.8 * np.mean(losses[:3])
+
+
+def test_checkpoints_of_another_training_and_damaged_ones_are_refused(tmp_path: Path) -> None:
+    paths = write_images(tmp_path / "good", 4)
+    checkpoint = tmp_path / "c.safetensors"
+    with pytest.raises(TrainingStoppedError):
+        run_fit(paths, checkpoint, stop_after=1)
+    model = ReContrast(RECIPE.backbone)
+    with pytest.raises(UsageError, match="another recipe"):
+        fit(model, GoodImages(paths, INPUT, cache=True), RECIPE, checkpoint=checkpoint, fingerprint="other", resume=True)
+    checkpoint.write_bytes(checkpoint.read_bytes()[:-100])
+    with pytest.raises(ModelError, match="damaged checkpoint"):
+        fit(model, GoodImages(paths, INPUT, cache=True), RECIPE, checkpoint=checkpoint, fingerprint="same", resume=True)
+
+
+def test_divergence_is_an_error(tmp_path: Path) -> None:
+    paths = write_images(tmp_path / "good", 4)
+    torch.manual_seed(0)
+    model = ReContrast(RECIPE.backbone)
+    with torch.no_grad():
+        model.heads[0][0].weight.fill_(float("nan"))
+    with pytest.raises(ModelError, match="diverged"):
+        fit(model, GoodImages(paths, INPUT, cache=True), RECIPE, checkpoint=tmp_path / "c", fingerprint="x")
+
+
+def test_fp16_needs_a_gpu(tmp_path: Path) -> None:
+    paths = write_images(tmp_path / "good", 2)
+    recipe = RECIPE.model_copy(update={"precision": "fp16"})
+    with pytest.raises(MissingError, match="fp16"):
+        run_fit(paths, tmp_path / "c", recipe=recipe)
+
+
+class TestData:
+    def test_batches_cover_each_epoch_once_and_do_not_depend_on_the_start(self) -> None:
+        whole = list(batches(7, 3, seed=5, start=0, stop=14))
+        assert whole[4:] == list(batches(7, 3, seed=5, start=4, stop=14))
+        flat = [index for batch in whole for index in batch]
+        for epoch in range(6):
+            assert sorted(flat[7 * epoch : 7 * epoch + 7]) == list(range(7))
+        assert flat[:7] != flat[7:14]
+        assert whole != list(batches(7, 3, seed=6, start=0, stop=14))
+
+    def test_a_part_is_held_out_as_a_whole(self) -> None:
+        paths = [Path(f"part{part}_{picture}.png") for part in range(10) for picture in range(6)]
+        training, held = split_holdout(paths, 0.2, seed=0, group=r"part(\d+)")
+        assert len(held) == 12
+        assert len(training) == 48
+        assert not {path.name.split("_")[0] for path in training} & {path.name.split("_")[0] for path in held}
+
+    def test_holdout_refuses_what_cannot_be(self) -> None:
+        paths = [Path(f"{index}.png") for index in range(3)]
+        with pytest.raises(InputError, match="leaves none"):
+            split_holdout(paths, 0.9, seed=0, group=None)
+        with pytest.raises(UsageError, match="does not match"):
+            split_holdout(paths, 0.3, seed=0, group=r"part(\d+)")
+        with pytest.raises(UsageError, match="not a regular expression"):
+            split_holdout(paths, 0.3, seed=0, group="(")
+
+
+class TestRecipes:
+    @pytest.mark.parametrize("name", packaged_recipes())
+    def test_packaged_recipes_are_valid(self, name: str) -> None:
+        load_recipe(name, {})
+
+    def test_defaults_are_the_papers(self) -> None:
+        recipe = load_recipe("mvtec", {})
+        assert recipe == Recipe()
+        assert (recipe.iterations, recipe.batch, recipe.size_wh, recipe.lr_decoder, recipe.lr_encoder) == (2000, 16, (256, 256), 2e-3, 1e-5)
+
+    @pytest.mark.parametrize(
+        ("overrides", "message"),
+        [
+            ({"iteration": 5}, "iteration"),
+            ({"iterations": -1}, "iterations"),
+            ({"size_wh": [250, 256]}, "multiples of 32"),
+            ({"resize_wh": [128, 128]}, "smaller"),
+            ({"lr_encoder": "fast"}, "lr_encoder"),
+        ],
+    )
+    def test_bad_values_are_named(self, overrides: dict[str, object], message: str) -> None:
+        with pytest.raises(UsageError, match=message):
+            load_recipe("mvtec", overrides)
+
+    def test_unknown_names_and_bad_files(self, tmp_path: Path) -> None:
+        with pytest.raises(UsageError, match="mvtec"):
+            load_recipe("mvtek", {})
+        (tmp_path / "r.toml").write_text("batch = [")
+        with pytest.raises(UsageError, match="not valid TOML"):
+            load_recipe(str(tmp_path / "r.toml"), {})
+
+    def test_settings(self) -> None:
+        assert parse_settings(["lr_encoder=1e-4", "encoder_bn=eval", "size_wh=[64, 64]"]) == {
+            "lr_encoder": 1e-4,
+            "encoder_bn": "eval",
+            "size_wh": [64, 64],
+        }
+        with pytest.raises(UsageError, match="KEY=VALUE"):
+            parse_settings(["batch"])
+
+
+def options(data: Path, out: Path, **changes: object) -> TrainOptions:
+    overrides = {"backbone": "efficientnet_lite0", "size_wh": [SIZE, SIZE], "iterations": 3, "batch": 2}
+    return TrainOptions(data=data, out=out, overrides=overrides, weights="random", **changes)  # type: ignore[arg-type]
+
+
+def test_a_whole_run(data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    spec = train(options(data, out, holdout=0.34, holdout_group=r"(part\d+)"))
+    model, loaded = load_run(out)
+    assert loaded == spec
+    assert spec.class_name == "washers"
+    assert spec.training.n_images == 4
+    assert spec.threshold is None
+    assert str(tmp_path) not in (out / "model.json").read_text()
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert 0 <= metrics["metrics"]["i_auroc"] <= 1
+    assert metrics["kinds"]["spot"]["n_defect"] == 3
+    assert len((out / "loss.csv").read_text().splitlines()) == 4
+    for picture in ("loss.png", "report.png", "worst.png"):
+        image = cv2.imread(str(out / picture))
+        assert image is not None
+        assert image.std() > 1
+    assert len([line for line in (out / "holdout.txt").read_text().splitlines() if not line.startswith("#")]) == 2
+    assert not (out / "checkpoint.safetensors").exists()
+
+    with pytest.raises(UsageError, match="already holds a finished run"):
+        train(options(data, out))
+    (out / "metrics.json").unlink()
+    train(options(data, out, resume=True))
+    assert (out / "metrics.json").exists()
+
+    weights = (out / "model.safetensors").read_bytes()
+    (out / "model.safetensors").write_bytes(weights[:-1] + bytes([weights[-1] ^ 1]))
+    with pytest.raises(ModelError, match="SHA-256 differs"):
+        load_run(out)
+    (out / "model.json").unlink()
+    with pytest.raises(ModelError, match="finished training"):
+        load_run(out)
+
+
+def test_the_same_seed_gives_the_same_weights(data: Path, tmp_path: Path) -> None:
+    first = train(options(data, tmp_path / "a"))
+    second = train(options(data, tmp_path / "b"))
+    assert first.weights_sha256 == second.weights_sha256
+
+
+def test_one_image_is_no_training_set(tmp_path: Path) -> None:
+    write_images(tmp_path / "one", 1)
+    with pytest.raises(InputError, match="at least 2"):
+        train(options(tmp_path / "one", tmp_path / "run"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_command_stops_on_a_signal_and_resumes(data: Path, tmp_path: Path, number: signal.Signals) -> None:
+    out = tmp_path / "run"
+    command = [
+        *(sys.executable, "-m", "recontrast_edge", "train", str(data), "--out", str(out), "--backbone", "efficientnet_lite0"),
+        *("--weights", "random", "--size", "64x64", "--batch", "2", "--checkpoint-seconds", "1"),
+    ]
+    with subprocess.Popen([*command, "--iterations", "100000"], stderr=subprocess.PIPE, text=True) as process:
+        deadline = time.monotonic() + 60
+        while not (out / "checkpoint.safetensors").exists() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        process.send_signal(number)
+        _, error = process.communicate(timeout=60)
+    assert process.returncode == 130, error
+    assert "--resume" in error
+    assert "Traceback" not in error
+    again = subprocess.run([*command, "--iterations", "9", "--resume"], capture_output=True, text=True)
+    assert again.returncode == 2  # another number of iterations is another training
+    assert "another recipe" in again.stderr
+
+
+def test_a_killed_training_leaves_a_whole_checkpoint(data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    command = [
+        *(sys.executable, "-m", "recontrast_edge", "train", str(data), "--out", str(out), "--backbone", "efficientnet_lite0"),
+        *("--weights", "random", "--size", "64x64", "--batch", "2", "--checkpoint-seconds", "1", "--iterations", "60"),
+    ]
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
+        deadline = time.monotonic() + 60
+        while not (out / "checkpoint.safetensors").exists() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.02)
+        process.kill()
+    assert not (out / "model.json").exists()
+    finished = subprocess.run([*command, "--resume"], capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stderr
+    spec = ModelSpec.loads((out / "model.json").read_bytes(), where="model.json")
+    assert spec.training.iterations == 60
