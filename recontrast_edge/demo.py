@@ -12,6 +12,7 @@ import os
 import platform
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack, closing
 from pathlib import Path
@@ -42,6 +43,7 @@ CAPTION_HEIGHT = 26
 MARGIN = 10
 HEADING_HEIGHT = 52
 
+REJECTED, FALSE_REJECT, MISSED_DEFECT = "rejected", "false reject", "missed defect"
 MISTAKE_COLOUR: Colour = (200, 60, 200)
 
 
@@ -80,9 +82,9 @@ def outcome(judgement: Judgement) -> tuple[str, Colour] | None:
     """How a verdict compares with the known truth, for those that belong on the contact sheet."""
     truth = judgement.frame.truth
     if judgement.verdict == "REJECT":
-        return ("false reject", MISTAKE_COLOUR) if truth == "good" else ("rejected", VERDICT_COLOURS["REJECT"])
+        return (FALSE_REJECT, MISTAKE_COLOUR) if truth == "good" else (REJECTED, VERDICT_COLOURS["REJECT"])
     if truth == "defect":
-        return "missed defect", MISTAKE_COLOUR
+        return MISSED_DEFECT, MISTAKE_COLOUR
     return None
 
 
@@ -100,7 +102,7 @@ class ContactSheet:
         self._input_spec = input_spec
         self._rejects: list[Image] = []
         self._mistakes: list[Image] = []
-        self._found = 0
+        self._captions: Counter[str] = Counter()
         self._closed = False
 
     def write(self, judgement: Judgement) -> None:
@@ -111,8 +113,8 @@ class ContactSheet:
         compared = outcome(judgement)
         if compared is None:
             return
-        self._found += 1
         caption, colour = compared
+        self._captions[caption] += 1
         tiles = self._mistakes if colour == MISTAKE_COLOUR else self._rejects
         if len(tiles) < MAX_TILES:
             picture = annotate(judgement, self._input_spec, TILE_PANEL_WH)
@@ -124,9 +126,12 @@ class ContactSheet:
             return
         self._closed = True
         tiles = [*self._mistakes, *self._rejects][:MAX_TILES]
-        heading = f"{self._found} rejects and mistakes in {len(self.scores)} frames"
-        if len(tiles) < self._found:
-            heading += f", {len(tiles)} shown"
+        counts = ", ".join(
+            f"{self._captions[caption]} {caption}" for caption in (REJECTED, FALSE_REJECT, MISSED_DEFECT)
+        )
+        heading = f"{len(self.scores)} parts: {counts}"
+        if len(tiles) < self._captions.total():
+            heading += f" ({len(tiles)} shown)"
         write_image(self._path, contact_sheet(tiles, heading))
 
 
