@@ -194,12 +194,12 @@ def _output(command: list[str]) -> str:
 # --- libraries, each in a child process --------------------------------------------------------------------------
 
 
-def _onnxruntime() -> Facts:
-    return {"providers": import_module("onnxruntime").get_available_providers()}
+def _onnxruntime(onnxruntime: Any) -> Facts:
+    return {"providers": onnxruntime.get_available_providers()}
 
 
-def _opencv() -> Facts:
-    information = import_module("cv2").getBuildInformation()
+def _opencv(cv2: Any) -> Facts:
+    information = cv2.getBuildInformation()
     found = {
         name: re.search(rf"^\s+{pattern}:\s+(\S+)", information, re.MULTILINE | re.IGNORECASE)
         for name, pattern in (("ffmpeg", "FFMPEG"), ("v4l2", "v4l/v4l2"), ("gstreamer", "GStreamer"))
@@ -207,14 +207,12 @@ def _opencv() -> Facts:
     return {name: match is not None and match[1] == "YES" for name, match in found.items()}
 
 
-def _pyav() -> Facts:
-    codec = import_module("av.codec")
-
+def _pyav(av: Any) -> Facts:
     def there(names: tuple[str, ...], mode: str) -> list[str]:
         usable = []
         for name in names:
             try:
-                codec.Codec(name, mode)
+                av.Codec(name, mode)
             except ValueError:  # UnknownCodecError
                 continue
             usable.append(name)
@@ -224,8 +222,7 @@ def _pyav() -> Facts:
     return {"decoders": there(("h264", "hevc", "mjpeg", "mpeg4"), "r"), "encoders": there(encoders, "w")}
 
 
-def _torch() -> Facts:
-    torch = import_module("torch")
+def _torch(torch: Any) -> Facts:
     cuda = torch.cuda.is_available()
     return {
         "cuda": torch.version.cuda,
@@ -233,17 +230,17 @@ def _torch() -> Facts:
     }
 
 
-def _openvino() -> Facts:
-    return {"devices": import_module("openvino").Core().available_devices}
+def _openvino(openvino: Any) -> Facts:
+    return {"devices": openvino.Core().available_devices}
 
 
-def _aravis() -> Facts:
-    import_module("gi").require_version("Aravis", "0.8")
+def _aravis(gi: Any) -> Facts:
+    gi.require_version("Aravis", "0.8")
     aravis = import_module("gi.repository.Aravis")
     return {"version": f"{aravis.get_major_version()}.{aravis.get_minor_version()}.{aravis.get_micro_version()}"}
 
 
-def _nvidia_driver() -> Facts:
+def _nvidia_driver(_: None) -> Facts:
     """The CUDA driver, asked through its C library, which is the same on desktops and Jetsons."""
     try:
         driver = ctypes.CDLL("libcuda.so.1")
@@ -281,11 +278,11 @@ def _nvidia_driver() -> Facts:
 
 @dataclass(frozen=True)
 class _Probe:
-    """How a library is found: the module to import, its distributions (for the version), and what to ask it."""
+    """How a library is found: the module to import, its distributions (for the version), and what to ask the module."""
 
     module: str | None
     distributions: tuple[str, ...] = ()
-    ask: Callable[[], Facts] | None = None
+    ask: Callable[[Any], Facts] | None = None
 
 
 _PROBES: dict[str, _Probe] = {
@@ -313,18 +310,19 @@ _PROBES: dict[str, _Probe] = {
 def _probe(name: str) -> Library:
     """Import a library and ask it; in the child process."""
     probe = _PROBES[name]
-    version = None
+    module, version = None, None
+    details: Facts = {}
     try:
-        details: Facts = {}
         if probe.module is not None:
             module = import_module(probe.module)
             version = _version(probe.distributions) or getattr(module, "__version__", None)
         if probe.ask is not None:
-            details = probe.ask()
+            details = probe.ask(module)
             version = details.pop("version", version)
         return Library("ready", version, details)
     except ModuleNotFoundError as error:
-        expected = probe.module is None or probe.module.startswith(str(error.name))
+        # Anything but the library itself or its package is a dependency that it lacks.
+        expected = probe.module is None or f"{probe.module}.".startswith(f"{error.name}.")
         return Library("missing" if expected else "broken", None, {}, None if expected else _line(error))
     # Whatever a broken library raises is the answer.
     except BaseException as error:

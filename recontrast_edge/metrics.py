@@ -13,8 +13,6 @@ Detection Dataset", IJCV 129 (2021), section 5.2 (per-region overlap, integrated
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
@@ -42,7 +40,7 @@ def auroc(scores: ArrayLike, labels: ArrayLike) -> float:
     """
     values, positive = _checked(scores, labels)
     positives, negatives = values[positive], values[~positive]
-    return _area(np.sort(negatives), positives, np.full(positives.size, 1.0 / positives.size), max_fpr=1.0)
+    return _area(np.sort(negatives), positives, np.ones(positives.size), max_fpr=1.0)
 
 
 def roc_curve(
@@ -131,19 +129,17 @@ def aupro(maps: NDArray[np.float32], masks: NDArray[np.bool_], max_fpr: float = 
     return _area(np.sort(values[~defect]), values[defect], _region_weights(masks), max_fpr)
 
 
-def _region_weights(masks: Sequence[NDArray[np.bool_]] | NDArray[np.bool_]) -> NDArray[np.float64]:
-    """Weight of each defect pixel, in the order of ``maps[masks]``: 1 / (its region's size * number of regions)."""
+def _region_weights(masks: NDArray[np.bool_]) -> NDArray[np.float64]:
+    """Weight of each defect pixel, in the order of ``maps[masks]``: 1 / its region's size."""
     import cv2
 
     weights: list[NDArray[np.float64]] = []
-    regions = 0
     for mask in masks:
         if not mask.any():
             continue
-        count, labels, stats, _ = cv2.connectedComponentsWithStats(mask.astype(np.uint8), connectivity=8)
-        regions += count - 1
+        _, labels, stats, _ = cv2.connectedComponentsWithStats(mask.astype(np.uint8), connectivity=8)
         weights.append(1.0 / stats[labels[mask], cv2.CC_STAT_AREA])
-    return np.concatenate(weights) / regions
+    return np.concatenate(weights)
 
 
 def _area(
@@ -152,7 +148,7 @@ def _area(
     weights: NDArray[np.float64],
     max_fpr: float,
 ) -> float:
-    """Normalised area, up to ``max_fpr``, under the curve that each positive raises by its weight."""
+    """Normalised area, up to ``max_fpr``, under the curve that each positive raises by its share of the weights."""
     order = np.argsort(positives)
     positives, weights = positives[order], weights[order]
     total = sorted_negatives.size
@@ -160,10 +156,12 @@ def _area(
     above = (total - np.searchsorted(sorted_negatives, positives, side="right")) / total
     at_or_above = (total - np.searchsorted(sorted_negatives, positives, side="left")) / total
     inside = np.clip(max_fpr - above, 0.0, None)
-    ramp = np.clip(at_or_above - above, np.finfo(np.float64).tiny, None)
-    area = np.where(at_or_above <= max_fpr, inside - ramp / 2, inside**2 / (2 * ramp))
-    # Rounding of the weights' sum must not show as 1.0000000000000002.
-    return min(float(np.dot(weights, area) / max_fpr), 1.0)
+    ramp = at_or_above - above
+    # A ramp that is cut by the limit spans at least one negative; the bound only keeps the others from dividing by 0.
+    cut = inside**2 / (2 * np.maximum(ramp, 1 / total))
+    area = np.where(at_or_above <= max_fpr, inside - ramp / 2, cut)
+    # Both sums round alike, so that a perfect score is 1.0 to the last digit.
+    return float(np.sum(weights * (area / max_fpr)) / np.sum(weights))
 
 
 def _counts(

@@ -57,7 +57,7 @@ def calibrate_command(
 
 def _promise(opened: Engine, good: Path, max_false_reject_rate: float, confidence: float) -> Threshold:
     from recontrast_edge.calibration import calibrate_engine, held_out, images_needed, percent
-    from recontrast_edge.datasets import find_dataset
+    from recontrast_edge.datasets import GOOD, find_dataset
 
     needed_for_ten_times = images_needed(max_false_reject_rate / 10, confidence)
     dataset = find_dataset(good)
@@ -74,7 +74,8 @@ def _promise(opened: Engine, good: Path, max_false_reject_rate: float, confidenc
         images,
         opened.spec,
         engine_sha256=opened.sha256,
-        data_name=dataset.name,
+        # A folder called `good` says nothing without the ones it lies in.
+        data_name="/".join(good.resolve().parts[-3:]) if dataset.name == GOOD else dataset.name,
         max_false_reject_rate=max_false_reject_rate,
         confidence=confidence,
         progress=True,

@@ -50,7 +50,7 @@ def _show(described: Artifact) -> None:
     table.add_section()
     for name, value in _spec(described.spec):
         table.add_row(name, Text(value))
-    Console(highlight=False).print(table)
+    Console(highlight=False, markup=False).print(table)
 
 
 def _details(described: Artifact) -> Iterator[tuple[str, str]]:

@@ -54,7 +54,7 @@ def scored_labels(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray]:
 
 
 @given(scored_labels())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_image_metrics_equal_scikit_learn_with_ties(data: tuple[np.ndarray, np.ndarray]) -> None:
     from sklearn import metrics as reference
 
