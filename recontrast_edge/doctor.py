@@ -415,7 +415,7 @@ def _capabilities(libraries: dict[str, Library], *, is_jetson: bool) -> tuple[Ca
         no_binding = (f"{_extra('gpu')}, or for PyCUDA {_extra('pycuda')}",)
     no_h264: tuple[str, ...] = ()
     pyav = libraries["pyav"]
-    if pyav.ready and not {"libx264", "libopenh264", "h264_nvenc"} & set(pyav.details["encoders"]):
+    if pyav.ready and not {"libx264", "libopenh264"} & set(pyav.details["encoders"]):
         no_h264 = (
             "pip install --force-reinstall av, whose wheels bring an H.264 encoder; MPEG-4 is written until then",
         )
