@@ -32,7 +32,10 @@ def train_command(
     seed: int | None = typer.Option(None, "--seed", help="Seed of initialisation and order; default: the recipe's."),
     precision: str | None = typer.Option(None, "--precision", help="fp32, bf16 or fp16 (GPU); default: the recipe's."),
     settings: list[str] = typer.Option(
-        [], "--set", metavar="KEY=VALUE", help="Any other recipe value, in TOML, e.g. --set lr_encoder=1e-4; repeatable."
+        [],
+        "--set",
+        metavar="KEY=VALUE",
+        help="Any other recipe value, in TOML, e.g. --set lr_encoder=1e-4; repeatable.",
     ),
     class_name: str | None = typer.Option(None, "--class-name", help="Name of the product; default: the data's name."),
     holdout: float = typer.Option(
@@ -47,7 +50,9 @@ def train_command(
     device: str = typer.Option("auto", "--device", help="auto, cpu, cuda or cuda:N."),
     workers: int | None = typer.Option(None, "--workers", min=0, help="Image reading processes; default: by device."),
     resume: bool = typer.Option(False, "--resume", help="Go on from the run folder's checkpoint."),
-    checkpoint_seconds: float = typer.Option(120.0, "--checkpoint-seconds", min=1.0, help="Seconds between checkpoints."),
+    checkpoint_seconds: float = typer.Option(
+        120.0, "--checkpoint-seconds", min=1.0, help="Seconds between checkpoints."
+    ),
 ) -> None:
     """Train a model on images of good parts; evaluate it if there is a test set."""
     try:

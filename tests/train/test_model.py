@@ -65,9 +65,13 @@ def test_views_are_crossed(model: ReContrast) -> None:
         pairs = model(images)
         for level in range(3):
             torch.testing.assert_close(pairs[0][level][0], frozen[level])
-            torch.testing.assert_close(pairs[0][level][1], model.heads[0][level](from_trained[level]), atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(
+                pairs[0][level][1], model.heads[0][level](from_trained[level]), atol=1e-4, rtol=1e-4
+            )
             torch.testing.assert_close(pairs[1][level][0], trained[level])
-            torch.testing.assert_close(pairs[1][level][1], model.heads[1][level](from_frozen[level]), atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(
+                pairs[1][level][1], model.heads[1][level](from_frozen[level]), atol=1e-4, rtol=1e-4
+            )
 
 
 @pytest.mark.parametrize("encoder_bn", ["train", "eval"])
@@ -100,7 +104,9 @@ def test_optimizers_have_the_papers_values(model: ReContrast) -> None:
     for group in (fresh.param_groups[0], encoder.param_groups[0]):
         assert group["betas"] == (0.9, 0.999)
         assert group["weight_decay"] == 1e-5
-    assert sum(p.numel() for p in encoder.param_groups[0]["params"]) == sum(p.numel() for p in model.encoder.parameters())
+    assert sum(p.numel() for p in encoder.param_groups[0]["params"]) == sum(
+        p.numel() for p in model.encoder.parameters()
+    )
 
 
 @pytest.mark.parametrize(("kernel", "stride", "size"), [(3, 2, 8), (3, 2, 9), (5, 2, 8), (5, 1, 7), (3, 1, 6)])
@@ -138,8 +144,14 @@ class TestWeights:
 
     def test_a_torchvision_file_with_its_other_layers_loads(self, tmp_path: Path) -> None:
         encoder = backbone("resnet18").build()
-        state = {key: torch.randn_like(value) if value.is_floating_point() else value for key, value in encoder.state_dict().items()}
-        save_file({**state, "fc.weight": torch.zeros(1000, 512), "layer4.0.conv1.weight": torch.zeros(1)}, tmp_path / "w.safetensors")
+        state = {
+            key: torch.randn_like(value) if value.is_floating_point() else value
+            for key, value in encoder.state_dict().items()
+        }
+        save_file(
+            {**state, "fc.weight": torch.zeros(1000, 512), "layer4.0.conv1.weight": torch.zeros(1)},
+            tmp_path / "w.safetensors",
+        )
         load_weights(encoder, "resnet18", tmp_path / "w.safetensors")
         assert torch.equal(encoder.state_dict()["layer3.1.conv2.weight"], state["layer3.1.conv2.weight"])
 

@@ -56,7 +56,9 @@ def data(tmp_path: Path) -> Path:
     return root
 
 
-def run_fit(paths: list[Path], checkpoint: Path, *, stop_after: int | None = None, resume: bool = False, recipe: Recipe = RECIPE):  # type: ignore[no-untyped-def]
+def run_fit(
+    paths: list[Path], checkpoint: Path, *, stop_after: int | None = None, resume: bool = False, recipe: Recipe = RECIPE
+):  # type: ignore[no-untyped-def]
     torch.manual_seed(recipe.seed)
     model = ReContrast(recipe.backbone)
     done = 0
@@ -105,7 +107,9 @@ def test_checkpoints_of_another_training_and_damaged_ones_are_refused(tmp_path: 
         run_fit(paths, checkpoint, stop_after=1)
     model = ReContrast(RECIPE.backbone)
     with pytest.raises(UsageError, match="another recipe"):
-        fit(model, GoodImages(paths, INPUT, cache=True), RECIPE, checkpoint=checkpoint, fingerprint="other", resume=True)
+        fit(
+            model, GoodImages(paths, INPUT, cache=True), RECIPE, checkpoint=checkpoint, fingerprint="other", resume=True
+        )
     checkpoint.write_bytes(checkpoint.read_bytes()[:-100])
     with pytest.raises(ModelError, match="damaged checkpoint"):
         fit(model, GoodImages(paths, INPUT, cache=True), RECIPE, checkpoint=checkpoint, fingerprint="same", resume=True)
@@ -163,7 +167,13 @@ class TestRecipes:
     def test_defaults_are_the_papers(self) -> None:
         recipe = load_recipe("mvtec", {})
         assert recipe == Recipe()
-        assert (recipe.iterations, recipe.batch, recipe.size_wh, recipe.lr_decoder, recipe.lr_encoder) == (2000, 16, (256, 256), 2e-3, 1e-5)
+        assert (recipe.iterations, recipe.batch, recipe.size_wh, recipe.lr_decoder, recipe.lr_encoder) == (
+            2000,
+            16,
+            (256, 256),
+            2e-3,
+            1e-5,
+        )
 
     @pytest.mark.parametrize(
         ("overrides", "message"),
@@ -204,7 +214,7 @@ def options(data: Path, out: Path, **changes: object) -> TrainOptions:
 def test_a_whole_run(data: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     spec = train(options(data, out, holdout=0.34, holdout_group=r"(part\d+)"))
-    model, loaded = load_run(out)
+    _, loaded = load_run(out)
     assert loaded == spec
     assert spec.class_name == "washers"
     assert spec.training.n_images == 4
@@ -252,7 +262,17 @@ def test_one_image_is_no_training_set(tmp_path: Path) -> None:
 def test_the_command_stops_on_a_signal_and_resumes(data: Path, tmp_path: Path, number: signal.Signals) -> None:
     out = tmp_path / "run"
     command = [
-        *(sys.executable, "-m", "recontrast_edge", "train", str(data), "--out", str(out), "--backbone", "efficientnet_lite0"),
+        *(
+            sys.executable,
+            "-m",
+            "recontrast_edge",
+            "train",
+            str(data),
+            "--out",
+            str(out),
+            "--backbone",
+            "efficientnet_lite0",
+        ),
         *("--weights", "random", "--size", "64x64", "--batch", "2", "--checkpoint-seconds", "1"),
     ]
     with subprocess.Popen([*command, "--iterations", "100000"], stderr=subprocess.PIPE, text=True) as process:
@@ -272,7 +292,17 @@ def test_the_command_stops_on_a_signal_and_resumes(data: Path, tmp_path: Path, n
 def test_a_killed_training_leaves_a_whole_checkpoint(data: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     command = [
-        *(sys.executable, "-m", "recontrast_edge", "train", str(data), "--out", str(out), "--backbone", "efficientnet_lite0"),
+        *(
+            sys.executable,
+            "-m",
+            "recontrast_edge",
+            "train",
+            str(data),
+            "--out",
+            str(out),
+            "--backbone",
+            "efficientnet_lite0",
+        ),
         *("--weights", "random", "--size", "64x64", "--batch", "2", "--checkpoint-seconds", "1", "--iterations", "60"),
     ]
     with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:

@@ -1,4 +1,4 @@
 """Training of ReContrast models with PyTorch; needs the ``train`` extra.
 
-    recontrast-edge train DATA --out RUN
+recontrast-edge train DATA --out RUN
 """

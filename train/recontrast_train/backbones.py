@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn import functional
 
 from recontrast_edge.errors import MissingError, ModelError
 
@@ -81,7 +81,9 @@ def _shortcut(in_channels: int, out_channels: int, stride: int) -> nn.Sequential
 Block = type[BasicBlock] | type[Bottleneck]
 
 
-def make_stage(block: Block, in_channels: int, channels: int, blocks: int, stride: int, base_width: int) -> nn.Sequential:
+def make_stage(
+    block: Block, in_channels: int, channels: int, blocks: int, stride: int, base_width: int
+) -> nn.Sequential:
     """A ResNet stage; the first block has the stride. Output channels are ``channels * block.expansion``."""
     layers = [block(in_channels, channels, stride, base_width)]
     layers += [block(channels * block.expansion, channels, 1, base_width) for _ in range(1, blocks)]
@@ -126,9 +128,9 @@ class SameConv2d(nn.Conv2d):
         top, bottom = self.pads(x.shape[2], 0)
         left, right = self.pads(x.shape[3], 1)
         if top == bottom and left == right:
-            return F.conv2d(x, self.weight, self.bias, self.stride, (top, left), self.dilation, self.groups)
-        padded = F.pad(x, (left, right, top, bottom))
-        return F.conv2d(padded, self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
+            return functional.conv2d(x, self.weight, self.bias, self.stride, (top, left), self.dilation, self.groups)
+        padded = functional.pad(x, (left, right, top, bottom))
+        return functional.conv2d(padded, self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
 
 
 class _InvertedResidual(nn.Module):
@@ -150,8 +152,8 @@ class _InvertedResidual(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         identity = x
         if self.expands:
-            x = F.relu6(self._bn0(self._expand_conv(x)))
-        x = F.relu6(self._bn1(self._depthwise_conv(x)))
+            x = functional.relu6(self._bn0(self._expand_conv(x)))
+        x = functional.relu6(self._bn1(self._depthwise_conv(x)))
         x = self._bn2(self._project_conv(x))
         return x + identity if self.residual else x
 
@@ -186,7 +188,7 @@ class EfficientNetLite0Encoder(nn.Module):
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """(N, 3, H, W) -> features at strides 4, 8, 16."""
-        x = F.relu6(self._bn0(self._conv_stem(x)))
+        x = functional.relu6(self._bn0(self._conv_stem(x)))
         levels = []
         for index, block in enumerate(self._blocks):
             x = block(x)
@@ -333,7 +335,9 @@ def _imagenet_file(name: str) -> Path:
                 ) from None
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     if not digest.startswith(entry.sha256_prefix):
-        raise ModelError(f"{path}: SHA-256 is {digest}, expected {entry.sha256_prefix}...; delete the file and try again")
+        raise ModelError(
+            f"{path}: SHA-256 is {digest}, expected {entry.sha256_prefix}...; delete the file and try again"
+        )
     return path
 
 

@@ -1,6 +1,6 @@
 """Good images as training batches, the same ones for the same seed wherever training starts.
 
-    loader = make_loader(GoodImages(paths, input_spec), batches(len(paths), 16, seed=111, start=0, stop=2000))
+loader = make_loader(GoodImages(paths, input_spec), batches(len(paths), 16, seed=111, start=0, stop=2000))
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def batches(count: int, size: int, *, seed: int, start: int, stop: int) -> Itera
 
 def make_loader(images: GoodImages, order: Iterator[list[int]], *, workers: int, pin: bool) -> DataLoader[Any]:
     """Batches (N, 3, H, W) float32 in the given order, read ahead by ``workers`` processes."""
-    return DataLoader(images, batch_sampler=list(order), num_workers=workers, pin_memory=pin)  # type: ignore[arg-type]
+    return DataLoader(images, batch_sampler=list(order), num_workers=workers, pin_memory=pin)
 
 
 def split_holdout(

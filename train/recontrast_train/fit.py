@@ -1,6 +1,6 @@
 """The optimisation loop, with checkpoints it can go on from, bit for bit, after a kill at any moment.
 
-    losses = fit(model, images, recipe, checkpoint=Path("runs/tiles/checkpoint.safetensors"))
+losses = fit(model, images, recipe, checkpoint=Path("runs/tiles/checkpoint.safetensors"))
 """
 
 from __future__ import annotations
@@ -104,7 +104,9 @@ def fit(
     device = device or torch.device("cpu")
     check_precision(recipe, device)
     layout = torch.channels_last if recipe.channels_last else torch.contiguous_format
-    model = model.to(device=device, memory_format=layout)
+    model.to(device=device)
+    # The stubs of Module.to do not know the argument.
+    model.to(memory_format=layout)  # type: ignore[call-overload]
     model.encoder_bn = recipe.encoder_bn
     model.train()
     state = _State(
@@ -158,8 +160,8 @@ def _read_losses(unread: list[Tensor], losses: list[float]) -> None:
     for value in values:
         if not math.isfinite(value):
             raise ModelError(
-                f"training diverged: the loss is {value} at iteration {len(losses) + 1}; lower lr_decoder and lr_encoder, "
-                "raise eps (the stable recipes have 1e-10 with amsgrad), or use precision fp32"
+                f"training diverged: the loss is {value} at iteration {len(losses) + 1}; lower lr_decoder and "
+                "lr_encoder, raise eps (the stable recipes have 1e-10 with amsgrad), or use precision fp32"
             )
         losses.append(value)
 

@@ -10,8 +10,8 @@ positions that are still hard to reconstruct.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import functional
 
 from recontrast_train.model import Pairs
 
@@ -31,7 +31,7 @@ def easy_positions(target: Tensor, reconstruction: Tensor, alpha: float) -> Tens
         (N, 1, h, w) bool.
     """
     with torch.no_grad():
-        distance = 1 - F.cosine_similarity(target, reconstruction, dim=1)
+        distance = 1 - functional.cosine_similarity(target, reconstruction, dim=1)
         threshold = distance.mean() + alpha * distance.std()
         return (distance < threshold).unsqueeze(1)
 
@@ -51,7 +51,7 @@ def pair_loss(target: Tensor, reconstruction: Tensor, alpha: float) -> Tensor:
     if reconstruction.requires_grad:
         easy = easy_positions(target, reconstruction, alpha)
         reconstruction.register_hook(lambda gradient: gradient.masked_fill(easy, 0.0))
-    return (1 - F.cosine_similarity(target.flatten(1), reconstruction.flatten(1), dim=1)).mean()
+    return (1 - functional.cosine_similarity(target.flatten(1), reconstruction.flatten(1), dim=1)).mean()
 
 
 def recontrast_loss(pairs: Pairs, alpha: float) -> Tensor:

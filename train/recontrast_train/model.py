@@ -10,7 +10,7 @@ Bottleneck and decoder follow reverse distillation (Deng and Li, CVPR 2022): mul
 from __future__ import annotations
 
 import copy
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -79,7 +79,9 @@ def _fuse(in_channels: int, out_channels: int) -> nn.Sequential:
 class FusionBottleneck(nn.Module):
     """Brings the three levels to the deepest one's resolution and width, then halves the resolution once more."""
 
-    def __init__(self, channels: tuple[int, int, int], out_channels: int, block: Block, blocks: int, base_width: int) -> None:
+    def __init__(
+        self, channels: tuple[int, int, int], out_channels: int, block: Block, blocks: int, base_width: int
+    ) -> None:
         super().__init__()
         fine, middle, coarse = channels
         self.fine = nn.Sequential(_fuse(fine, middle), _fuse(middle, coarse))
@@ -97,7 +99,12 @@ class Decoder(nn.Module):
     """A reversed ResNet; each stage doubles the resolution. Returns the trunk's levels, finest first, without heads."""
 
     def __init__(
-        self, in_channels: int, channels: tuple[int, int, int], block: Block, blocks: tuple[int, int, int], base_width: int
+        self,
+        in_channels: int,
+        channels: tuple[int, int, int],
+        block: Block,
+        blocks: tuple[int, int, int],
+        base_width: int,
     ) -> None:
         super().__init__()
         up = _UpBasicBlock if block is BasicBlock else _UpBottleneck
@@ -198,6 +205,6 @@ class ReContrast(nn.Module):
         halves = [level.chunk(2, dim=0) for level in trunk]
         targets = (frozen, trained)
         return [
-            [(targets[view][level], head(halves[level][view])) for level, head in enumerate(heads)]
+            [(targets[view][level], head(halves[level][view])) for level, head in enumerate(cast(nn.ModuleList, heads))]
             for view, heads in enumerate(self.heads)
         ]

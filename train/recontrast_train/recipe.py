@@ -97,7 +97,9 @@ def load_recipe(name: str, overrides: dict[str, Any]) -> Recipe:
     elif name in packaged_recipes():
         text = (files("recontrast_train") / "recipes" / f"{name}.toml").read_text()
     else:
-        raise UsageError(f"unknown recipe {name!r}; there are {', '.join(packaged_recipes())}, or a path to a .toml file")
+        raise UsageError(
+            f"unknown recipe {name!r}; there are {', '.join(packaged_recipes())}, or a path to a .toml file"
+        )
     try:
         values = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
@@ -108,7 +110,9 @@ def load_recipe(name: str, overrides: dict[str, Any]) -> Recipe:
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"]) or "recipe"
-        raise UsageError(f"recipe {name}: {field}: {first['msg']} (known keys: {', '.join(Recipe.model_fields)})") from None
+        raise UsageError(
+            f"recipe {name}: {field}: {first['msg']} (known keys: {', '.join(Recipe.model_fields)})"
+        ) from None
 
 
 def parse_settings(settings: list[str]) -> dict[str, Any]:

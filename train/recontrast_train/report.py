@@ -1,6 +1,6 @@
 """Pictures of a run: loss curve, score histogram and ROC, and the worst misses and false alarms with their maps.
 
-    write_report(Path("runs/tiles"), evaluation)
+write_report(Path("runs/tiles"), evaluation)
 """
 
 from __future__ import annotations
@@ -54,7 +54,9 @@ def _histogram(axes: Axes, evaluation: Evaluation) -> None:
     good = np.array([sample.is_good for sample in evaluation.samples])
     edges = np.histogram_bin_edges(evaluation.scores, bins=40)
     for chosen, label, colour in ((good, "good", _GOOD_COLOUR), (~good, "defect", _DEFECT_COLOUR)):
-        axes.hist(evaluation.scores[chosen], edges, alpha=0.65, color=colour, label=f"{label} ({int(chosen.sum())})")
+        axes.hist(
+            evaluation.scores[chosen], edges.tolist(), alpha=0.65, color=colour, label=f"{label} ({int(chosen.sum())})"
+        )
     threshold = evaluation.spec.threshold
     if threshold is not None:
         axes.axvline(threshold.value, color="black", linestyle="--", label=f"threshold {threshold.value:.4g}")
@@ -87,7 +89,8 @@ def _worst(evaluation: Evaluation) -> Figure:
     high = float(np.quantile(evaluation.scores, 0.95))
     low = float(np.quantile(evaluation.maps, 0.02))
     titles = ("Lowest-scoring defects (contour: ground truth)", "Highest-scoring good parts")
-    for part, chosen, title in zip(figure.subfigures(2, 1), (misses, alarms), titles, strict=True):
+    parts = figure.subfigures(2, 1, squeeze=False)[:, 0]
+    for part, chosen, title in zip(parts, (misses, alarms), titles, strict=True):
         part.suptitle(title, weight="bold")
         axes = part.subplots(2, _WORST)
         for column in range(_WORST):

@@ -14,13 +14,11 @@ import safetensors
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
+from recontrast_edge.artifact import SPEC_FILE, WEIGHTS_FILE
 from recontrast_edge.errors import ModelError
 from recontrast_edge.images import atomic_write
 from recontrast_edge.spec import ModelSpec
 from recontrast_train.model import ReContrast
-
-WEIGHTS_FILE = "model.safetensors"
-SPEC_FILE = "model.json"
 
 
 def weights_bytes(model: ReContrast) -> bytes:
@@ -57,11 +55,15 @@ def load_run(folder: Path) -> tuple[ReContrast, ModelSpec]:
     spec = ModelSpec.loads(spec_path.read_bytes(), where=str(spec_path))
     weights = weights_path.read_bytes()
     if hashlib.sha256(weights).hexdigest() != spec.weights_sha256:
-        raise ModelError(f"{weights_path}: these are not the weights that {spec_path} describes (SHA-256 differs); train again")
+        raise ModelError(
+            f"{weights_path}: these are not the weights that {spec_path} describes (SHA-256 differs); train again"
+        )
     model = ReContrast(spec.backbone)
     try:
         model.load_state_dict(load_tensors(weights))
     except (safetensors.SafetensorError, RuntimeError) as error:
-        raise ModelError(f"{weights_path}: not the weights of a {spec.backbone} model ({str(error).splitlines()[0]})") from None
+        raise ModelError(
+            f"{weights_path}: not the weights of a {spec.backbone} model ({str(error).splitlines()[0]})"
+        ) from None
     model.eval()
     return model, spec

@@ -1,6 +1,6 @@
 """Score images with a PyTorch model by the same rules as the engines: the reference of every export.
 
-    inference = TorchScorer(model, spec)(images)
+inference = TorchScorer(model, spec)(images)
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """From a folder of good images to a run folder: the whole of ``recontrast-edge train``.
 
-    train(TrainOptions(data=Path("tiles"), out=Path("runs/tiles")))
+train(TrainOptions(data=Path("tiles"), out=Path("runs/tiles")))
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from recontrast_edge import __version__
+from recontrast_edge.artifact import METRICS_FILE, SPEC_FILE, WEIGHTS_FILE
 from recontrast_edge.cli.evaluate import show_evaluation
 from recontrast_edge.datasets import Dataset, Sample, data_sha256, find_dataset
 from recontrast_edge.errors import InputError, MissingError, UsageError
@@ -35,12 +36,11 @@ from recontrast_train.fit import check_precision, fit
 from recontrast_train.model import STRIDES, ReContrast
 from recontrast_train.recipe import Recipe, load_recipe
 from recontrast_train.report import write_loss_curve, write_report
-from recontrast_train.run import SPEC_FILE, WEIGHTS_FILE, load_run, save_run, weights_bytes
+from recontrast_train.run import load_run, save_run, weights_bytes
 from recontrast_train.score import TorchScorer
 
 CHECKPOINT_FILE = "checkpoint.safetensors"
 HOLDOUT_FILE = "holdout.txt"
-METRICS_FILE = "metrics.json"
 LOSS_FILE = "loss.csv"
 
 
@@ -95,7 +95,9 @@ def train(options: TrainOptions, console: Console | None = None) -> ModelSpec:
     paths = [sample.path for sample in dataset.training_samples()]
     training, held_out = split_holdout(paths, options.holdout, seed=recipe.seed, group=options.holdout_group)
     if len(training) < 2:
-        raise InputError(f"{options.data}: {len(training)} good image to train on, expected at least 2 (dozens, better hundreds)")
+        raise InputError(
+            f"{options.data}: {len(training)} good image to train on, expected at least 2 (dozens, better hundreds)"
+        )
     finished = _check_out(options)
     if finished:
         model, spec = load_run(options.out)
@@ -171,6 +173,14 @@ def _fit(
     checkpoint = options.out / CHECKPOINT_FILE
     with _progress(console) as progress, _stop_signals() as stopped:
         task = progress.add_task("training", total=recipe.iterations, loss="-")
+
+        def report(done: int, loss: float | None) -> None:
+            known = "-" if loss is None else f"{loss:.4f}"
+            progress.update(task, completed=done, loss=known)
+            # A bar cannot be drawn into a log file; twenty lines can.
+            if not console.is_terminal and done % max(1, recipe.iterations // 20) == 0:
+                console.print(f"iteration {done} of {recipe.iterations}, loss {known}")
+
         losses = fit(
             model,
             images,
@@ -181,9 +191,7 @@ def _fit(
             device=device,
             workers=workers,
             checkpoint_every_s=options.checkpoint_every_s,
-            on_iteration=lambda done, loss: progress.update(
-                task, completed=done, loss="-" if loss is None else f"{loss:.4f}"
-            ),
+            on_iteration=report,
             should_stop=lambda: bool(stopped),
         )
     weights = weights_bytes(model)
@@ -226,7 +234,9 @@ def _write_holdout(out: Path, held_out: list[Path]) -> None:
     out.mkdir(parents=True, exist_ok=True)
     lines = [os.path.relpath(path.resolve(), out.resolve()) for path in held_out]
     with atomic_write(out / HOLDOUT_FILE) as file:
-        file.write(("# good images kept out of training, for `recontrast-edge calibrate`\n" + "\n".join(lines) + "\n").encode())
+        file.write(
+            ("# good images kept out of training, for `recontrast-edge calibrate`\n" + "\n".join(lines) + "\n").encode()
+        )
 
 
 def _evaluate(model: ReContrast, spec: ModelSpec, dataset: Dataset, out: Path) -> None:
@@ -255,6 +265,7 @@ def _progress(console: Console) -> Progress:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
         console=console,
+        disable=not console.is_terminal,
     )
 
 
