@@ -292,10 +292,10 @@ __device__ __forceinline__ void distance(const AnomalyMapParams& params)
         }
         own[i] = total;
     }
-    // Every thread's part is visible to the whole device before the block says that it has arrived.
-    __threadfence();
     __syncthreads();
     if (threadIdx.x == 0) {
+        // The block's part is visible to the whole device before the block says that it has arrived.
+        __threadfence();
         // Wraps to zero at the last arrival: ready for the next launch.
         *is_last = atomicInc(level.arrivals + slot, parts - 1) == static_cast<unsigned int>(parts - 1);
         __threadfence();

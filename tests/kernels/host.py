@@ -1,7 +1,7 @@
 """The kernels' own source on the host: build it, launch it as the plan says, get arrays back.
 
-    host = Host(build(folder))
-    maps, scores = host.anomaly_map(features, plan)
+host = Host(build(folder))
+maps, scores = host.anomaly_map(features, plan)
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ class Host:
         *,
         chroma: NDArray[np.uint8] | None = None,
     ) -> NDArray[Any]:
-        """The network's input (3, height, width) from a frame whose rows may lie apart (``strides[0]`` is the pitch)."""
+        """The network's input (3, height, width) from a frame whose rows are ``strides[0]`` bytes apart."""
         width, height = plan.spec.size_wh
         out = np.full((3, height, width), np.nan, plan.dtype)
         constants = plan.constants.copy()

@@ -70,6 +70,8 @@ inline thread_local Team* team;
 inline thread_local int parity;
 inline thread_local dim3 thread_index;
 inline thread_local dim3 block_index;
+inline thread_local bool fenced;
+inline thread_local unsigned int* last_atomic;
 inline dim3 grid_size;
 inline std::atomic<int> misaligned{0};
 // Line of the source whose __syncthreads or __threadfence is left out, to prove that its absence is noticed.
@@ -93,13 +95,16 @@ inline void block_barrier(const char* file, int line)
     }
 }
 
-// A fence has no address, and the thread sanitizer models only what has one. Every fence is a read and write of one
-// word: whoever fences later sees what those before had written.
+// The thread sanitizer knows no fences. As in the memory model, a fence makes the thread's next atomic a release, and
+// an acquire of the atomic before it.
 inline void device_fence(const char* file, int line)
 {
-    static std::atomic<unsigned int> order{0};
-    if (!left_out(file, line)) {
-        order.fetch_add(1, std::memory_order_acq_rel);
+    if (left_out(file, line)) {
+        return;
+    }
+    fenced = true;
+    if (last_atomic != nullptr) {
+        __atomic_load_n(last_atomic, __ATOMIC_ACQUIRE);
     }
 }
 
@@ -134,12 +139,20 @@ inline T aligned_load(const T* address)
     return value;
 }
 
-template <typename Update>
-inline unsigned int update(unsigned int* address, Update next)
+template <typename Next>
+inline unsigned int update(unsigned int* address, Next next)
 {
     unsigned int old = __atomic_load_n(address, __ATOMIC_RELAXED);
-    while (!__atomic_compare_exchange_n(address, &old, next(old), true, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
+    // The sanitizer wants the memory order as a constant.
+    if (fenced) {
+        while (!__atomic_compare_exchange_n(address, &old, next(old), true, __ATOMIC_RELEASE, __ATOMIC_RELAXED)) {
+        }
+    } else {
+        while (!__atomic_compare_exchange_n(address, &old, next(old), true, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
+        }
     }
+    fenced = false;
+    last_atomic = address;
     return old;
 }
 
@@ -157,11 +170,11 @@ inline float __ldcg(const float* address) { return *address; }
 
 inline unsigned int atomicAdd(unsigned int* address, unsigned int value)
 {
-    return __atomic_fetch_add(address, value, __ATOMIC_RELAXED);
+    return host::update(address, [=](unsigned int old) { return old + value; });
 }
 inline unsigned int atomicExch(unsigned int* address, unsigned int value)
 {
-    return __atomic_exchange_n(address, value, __ATOMIC_RELAXED);
+    return host::update(address, [=](unsigned int) { return value; });
 }
 inline unsigned int atomicInc(unsigned int* address, unsigned int limit)
 {

@@ -43,6 +43,9 @@ void* run_thread(void* argument)
         const unsigned int block = launch.order[i];
         host::block_index = {
             block % launch.grid.x, block / launch.grid.x % launch.grid.y, block / launch.grid.x / launch.grid.y};
+        // What an earlier block has fenced orders nothing for this one.
+        host::fenced = false;
+        host::last_atomic = nullptr;
         if (thread.index == 0) {
             // NaN: reading shared memory before it is written must show.
             std::fill(thread.team->memory.begin(), thread.team->memory.end(), 0xff);

@@ -1,0 +1,235 @@
+"""``anomaly_map.cu``, its own source on the host, against the oracle in float64."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from recontrast_edge.kernels import AnomalyMapPlan
+from recontrast_edge.scoring import (
+    VIEWS,
+    fold_maps,
+    image_scores,
+    level_distances,
+    reconstruction_name,
+    target_name,
+    top_count,
+)
+from recontrast_edge.spec import Scoring
+from tests.kernels.host import Host
+
+Features = dict[str, NDArray[Any]]
+LevelsChw = list[tuple[int, int, int]]
+
+BOUND = {np.float16: 2e-3, np.float32: 1e-5}
+"""Largest error of the map that is allowed."""
+TIGHT = 1e-5
+"""Largest error that is met: FP16 features are read exactly, so their error is FP32's too."""
+
+LEVELS: LevelsChw = [(40, 12, 12), (72, 6, 6), (129, 3, 3)]
+SIZE_WH = (48, 48)
+
+
+def make_features(levels_chw: LevelsChw, batch: int, dtype: type, *, seed: int = 0, scale: float = 1.0) -> Features:
+    """Reconstructions that are close at some pixels and far off at others, as a trained model's are."""
+    rng = np.random.default_rng(seed)
+    features: Features = {}
+    for view in range(VIEWS):
+        for index, chw in enumerate(levels_chw):
+            target = rng.standard_normal((batch, *chw))
+            noise = rng.standard_normal(target.shape) * rng.uniform(0.0, 2.0, (batch, 1, *chw[1:]))
+            features[target_name(view, index)] = (scale * target).astype(dtype)
+            features[reconstruction_name(view, index)] = (scale * (target + noise)).astype(dtype)
+    return features
+
+
+def oracle(features: Features, size_wh: tuple[int, int], scoring: Scoring) -> NDArray[np.float64]:
+    levels = len(features) // (2 * VIEWS)
+    pairs = [
+        [
+            (
+                features[target_name(view, index)].astype(np.float64),
+                features[reconstruction_name(view, index)].astype(np.float64),
+            )
+            for index in range(levels)
+        ]
+        for view in range(VIEWS)
+    ]
+    return fold_maps(level_distances(pairs), size_wh, scoring.blur_sigma)
+
+
+def make_plan(features: Features, size_wh: tuple[int, int] = SIZE_WH, **changes: Any) -> AnomalyMapPlan:
+    levels = len(features) // (2 * VIEWS)
+    first = features[target_name(0, 0)]
+    options: dict[str, Any] = {"max_batch": first.shape[0], "multiprocessors": 16} | changes
+    shapes = [features[target_name(0, index)].shape[1:] for index in range(levels)]
+    return AnomalyMapPlan(shapes, size_wh, options.pop("scoring", Scoring()), dtype=first.dtype, **options)  # type: ignore[arg-type]
+
+
+def exact_scores(maps: NDArray[np.float32], scoring: Scoring) -> NDArray[np.float64]:
+    """Scores of the kernel's own map: selecting pixels has no rounding to hide behind."""
+    return image_scores(maps.astype(np.float64), scoring)
+
+
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_map_and_score_equal_the_oracle(host: Host, data: st.DataObject) -> None:
+    side = st.integers(1, 13)
+    levels_chw = data.draw(st.lists(st.tuples(st.integers(1, 150), side, side), min_size=1, max_size=3), "levels")
+    size_wh = data.draw(st.tuples(st.integers(1, 70), st.integers(1, 40)), "size_wh")
+    dtype = data.draw(st.sampled_from([np.float16, np.float32]), "dtype")
+    scoring = Scoring(
+        blur_sigma=data.draw(st.sampled_from([0.0, 0.7, 4.0, 20.0]), "sigma"),
+        rule=data.draw(st.sampled_from(["max", "top"]), "rule"),
+        top_fraction=data.draw(st.sampled_from([0.01, 0.3, 0.999]), "top_fraction"),
+    )
+    batch = data.draw(st.integers(1, 3), "batch")
+    features = make_features(levels_chw, batch, dtype, seed=data.draw(st.integers(0, 99), "seed"))
+    plan = make_plan(
+        features,
+        size_wh,
+        scoring=scoring,
+        multiprocessors=data.draw(st.sampled_from([1, 8, 132]), "multiprocessors"),
+    )
+    maps, scores = host.anomaly_map(features, plan)
+    assert np.abs(maps - oracle(features, size_wh, scoring)).max() <= TIGHT <= BOUND[dtype]
+    np.testing.assert_allclose(scores, exact_scores(maps, scoring), rtol=2e-6, atol=0)
+    if scoring.rule == "max":
+        np.testing.assert_array_equal(scores, maps.max(axis=(1, 2)))
+
+
+@pytest.mark.parametrize("rule", ["max", "top"])
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+def test_geometry_of_a_real_model(host: Host, dtype: type, rule: Any) -> None:
+    features = make_features([(64, 32, 32), (128, 16, 16), (256, 8, 8)], 1, dtype)
+    plan = make_plan(features, (128, 128), scoring=Scoring(rule=rule), multiprocessors=132)
+    assert all(level.splits > 1 for level in plan.levels)
+    maps, scores = host.anomaly_map(features, plan)
+    assert np.abs(maps - oracle(features, (128, 128), plan.scoring)).max() <= TIGHT
+    np.testing.assert_allclose(scores, exact_scores(maps, plan.scoring), rtol=2e-6)
+
+
+@pytest.mark.parametrize(("dtype", "alignment"), [(np.float16, 2), (np.float16, 8), (np.float32, 4), (np.float32, 8)])
+def test_features_less_aligned_than_a_wide_load(host: Host, dtype: type, alignment: int) -> None:
+    features = make_features(LEVELS, 2, dtype)
+    shifted = {}
+    for name, tensor in features.items():
+        start = alignment // tensor.itemsize
+        shifted[name] = np.empty(tensor.size + start, dtype)[start:].reshape(tensor.shape)
+        shifted[name][:] = tensor
+        assert shifted[name].ctypes.data % 16 == alignment
+    plan = make_plan(features, alignment=alignment)
+    assert all(level.pixels_per_load * features[target_name(0, 0)].itemsize <= 8 for level in plan.levels)
+    maps, _ = host.anomaly_map(shifted, plan)
+    assert np.abs(maps - oracle(features, SIZE_WH, plan.scoring)).max() <= TIGHT
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+@pytest.mark.parametrize("zero", ["target", "reconstruction", "both"])
+def test_zero_vectors_have_distance_one(host: Host, dtype: type, zero: str) -> None:
+    features = make_features(LEVELS, 1, dtype)
+    for name, tensor in features.items():
+        if zero in (name.rstrip("0123456789_"), "both"):
+            tensor[:] = 0
+    maps, scores = host.anomaly_map(features, make_plan(features))
+    assert np.abs(maps - VIEWS * len(LEVELS)).max() <= TIGHT
+    assert np.abs(scores - VIEWS * len(LEVELS)).max() <= TIGHT
+
+
+@pytest.mark.parametrize(
+    ("dtype", "scale"),
+    [(np.float16, 6e4 / 9), (np.float16, 2e-6), (np.float32, 1e17), (np.float32, 1e-8), (np.float32, 1e-25)],
+)
+def test_huge_and_tiny_values(host: Host, dtype: type, scale: float) -> None:
+    features = make_features(LEVELS, 1, dtype, scale=scale)
+    assert all(np.isfinite(tensor).all() for tensor in features.values())
+    plan = make_plan(features)
+    maps, scores = host.anomaly_map(features, plan)
+    assert np.abs(maps - oracle(features, SIZE_WH, plan.scoring)).max() <= TIGHT
+    assert np.isfinite(scores).all()
+
+
+def test_the_largest_fp16_value_everywhere_does_not_overflow(host: Host) -> None:
+    features = make_features([(300, 4, 4)], 1, np.float16)
+    for tensor in features.values():
+        tensor[:] = np.float16(65504.0)
+    maps, _ = host.anomaly_map(features, make_plan(features, (16, 16)))
+    assert np.abs(maps).max() <= TIGHT
+
+
+def test_the_documented_range_of_fp32(host: Host) -> None:
+    """Vectors up to a norm of 1.8e19 are compared; 1e18 in each of 300 channels has 1.7e19."""
+    features = make_features([(300, 4, 4)], 1, np.float32)
+    for index, tensor in enumerate(features.values()):
+        tensor[:] = 1e18 if index % 2 else -1e18
+    maps, _ = host.anomaly_map(features, make_plan(features, (16, 16)))
+    assert np.abs(maps - 2 * VIEWS).max() <= TIGHT
+
+
+@pytest.mark.parametrize("rule", ["max", "top"])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 3e19])
+@pytest.mark.parametrize("tensor", [target_name(0, 0), reconstruction_name(1, 1)])
+def test_what_cannot_be_compared_reaches_the_score(host: Host, tensor: str, value: float, rule: Any) -> None:
+    levels_chw = [(9, 4, 4), (16, 2, 2)]
+    features = make_features(levels_chw, 2, np.float32)
+    features[tensor][1, 5, 1, 1] = value
+    # Against a zero vector, an overflow of the one norm alone would look like distance 1.
+    other = {target_name(0, 0): reconstruction_name(0, 0), reconstruction_name(1, 1): target_name(1, 1)}[tensor]
+    features[other][1, :, 1, 1] = 0
+    _, scores = host.anomaly_map(features, make_plan(features, (16, 16), scoring=Scoring(rule=rule)))
+    assert np.isfinite(scores[0])
+    assert np.isnan(scores[1])
+
+
+@pytest.mark.parametrize("rule", ["max", "top"])
+def test_fp16_infinity_reaches_the_score(host: Host, rule: Any) -> None:
+    features = make_features([(9, 4, 4)], 1, np.float16)
+    features[target_name(1, 0)][0, 8, 3, 3] = np.inf
+    _, scores = host.anomaly_map(features, make_plan(features, (16, 16), scoring=Scoring(rule=rule)))
+    assert np.isnan(scores[0])
+
+
+@pytest.mark.parametrize("rule", ["max", "top"])
+def test_an_image_gets_the_same_bits_alone_in_a_batch_and_whatever_block_comes_last(host: Host, rule: Any) -> None:
+    features = make_features(LEVELS, 3, np.float16)
+    options = {"scoring": Scoring(rule=rule), "multiprocessors": 132}
+    maps, scores = host.anomaly_map(features, make_plan(features, **options))
+    alone = {name: tensor[1:2].copy() for name, tensor in features.items()}
+    try:
+        host.teams, host.seed = 2, 7
+        map_alone, score_alone = host.anomaly_map(alone, make_plan(alone, **options))
+    finally:
+        host.teams, host.seed = 1, 0
+    np.testing.assert_array_equal(map_alone[0], maps[1])
+    assert score_alone[0] == scores[1]
+
+
+@pytest.mark.parametrize("rule", ["max", "top"])
+def test_every_launch_leaves_the_workspace_ready_for_the_next(host: Host, rule: Any) -> None:
+    features = make_features([(40, 5, 5), (16, 2, 2)], 2, np.float16)
+    plan = make_plan(features, (32, 16), scoring=Scoring(rule=rule), max_batch=4, multiprocessors=132)
+    maps, scores = host.anomaly_map(features, plan)
+    maps_later, scores_later = host.anomaly_map(features, plan, launches=3)
+    np.testing.assert_array_equal(maps_later, maps)
+    np.testing.assert_array_equal(scores_later, scores)
+
+
+@pytest.mark.parametrize("top_fraction", [0.001, 0.1, 0.5, 0.999])
+def test_top_of_a_map_full_of_ties(host: Host, top_fraction: float) -> None:
+    """Whole areas of one value: the smallest of the top is shared by pixels inside and outside of it."""
+    features = make_features([(4, 8, 8)], 1, np.float32)
+    for name, tensor in features.items():
+        tensor[:] = 1.0
+        if name.startswith("target"):
+            tensor[:, 0, :4] = 3.0
+            tensor[:, 1, 0] = -5.0
+    scoring = Scoring(blur_sigma=0.0, rule="top", top_fraction=top_fraction)
+    maps, scores = host.anomaly_map(features, make_plan(features, (8, 8), scoring=scoring))
+    assert len(np.unique(maps)) <= 4
+    np.testing.assert_allclose(scores, exact_scores(maps, scoring), rtol=2e-6)
+    assert top_count(64, scoring) == max(1, int(64 * top_fraction))
