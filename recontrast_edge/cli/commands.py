@@ -7,6 +7,7 @@ from importlib import import_module
 # One module a command, by name; a plain list keeps the order of `--help`.
 MODULES = (
     "train",
+    "export",
     "evaluate",
     "calibrate",
     "run",
