@@ -1,0 +1,157 @@
+"""The kernels compile for every GPU architecture of the package, within their registers, and under NVRTC."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from recontrast_edge.kernels import FATBIN, SOURCE
+from tests.kernels.host import kernel_folder
+
+ROOT = Path(__file__).parent.parent.parent
+NVCC = shutil.which("nvcc")
+JOBS = 2
+
+# What a thread may hold, so that a multiprocessor of 65,536 registers keeps the blocks that docs/kernels.md counts on.
+MAX_REGISTERS = {
+    "distance_fp16": 80,  # 3 blocks of 256
+    "distance_fp32": 80,
+    "fold_map": 64,  # 4 blocks of 256
+    "top_score": 64,  # 2 blocks of 512
+    "preprocess_packed_fp16": 64,
+    "preprocess_packed_fp32": 64,
+    "preprocess_nv12_fp16": 64,
+    "preprocess_nv12_fp32": 64,
+}
+
+needs_nvcc = pytest.mark.skipif(NVCC is None, reason="nvcc compiles the kernels")
+
+
+def default_architectures() -> list[int]:
+    """Compute capabilities of the package's fatbin, times ten, as CMakeLists.txt has them."""
+    match = re.search(r"set\(CMAKE_CUDA_ARCHITECTURES ([^)]+)\)", (ROOT / "CMakeLists.txt").read_text())
+    assert match
+    return [int(entry.split("-")[0]) for entry in match[1].split()]
+
+
+def known_architectures() -> set[int]:
+    assert NVCC is not None
+    listed = subprocess.run([NVCC, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout
+    return {int(number) for number in re.findall(r"compute_(\d+)", listed)}
+
+
+def resource_usage(architecture: int, folder: Path) -> str:
+    """What ptxas says of every kernel."""
+    assert NVCC is not None
+    options = ["-std=c++17", "-cubin", f"-arch=sm_{architecture}", "--resource-usage", "-Werror=all-warnings"]
+    output = folder / f"sm_{architecture}.cubin"
+    done = subprocess.run(
+        [NVCC, *options, "-o", str(output), str(kernel_folder() / SOURCE)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stderr
+
+
+@needs_nvcc
+def test_registers_and_memory_on_every_architecture(tmp_path: Path) -> None:
+    architectures = sorted(set(default_architectures()) & known_architectures())
+    assert len(architectures) >= 6
+    with ThreadPoolExecutor(JOBS) as pool:
+        reports = list(pool.map(partial(resource_usage, folder=tmp_path), architectures))
+    for architecture, report in zip(architectures, reports, strict=True):
+        registers = {}
+        for entry in report.split("Compiling entry function ")[1:]:
+            kernel = entry.split("'")[1]
+            where = f"{kernel} on sm_{architecture}: {entry}"
+            assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in entry, where
+            # All shared memory is the launch plan's.
+            assert " bytes smem" not in entry, where
+            registers[kernel] = int(re.findall(r"Used (\d+) registers", entry)[0])
+            assert registers[kernel] <= MAX_REGISTERS[kernel], where
+        assert registers.keys() == MAX_REGISTERS.keys()
+
+
+def configure(build: Path, *options: str, path: str | None = None) -> str:
+    environment = os.environ | ({"PATH": path} if path is not None else {})
+    done = subprocess.run(
+        [shutil.which("cmake") or "cmake", "-S", str(ROOT), "-B", str(build), *options],
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
+    return done.stdout + done.stderr
+
+
+needs_cmake = pytest.mark.skipif(shutil.which("cmake") is None, reason="cmake builds the fatbin")
+
+
+@needs_nvcc
+@needs_cmake
+def test_cmake_builds_and_installs_one_fatbin(tmp_path: Path) -> None:
+    """A user's architectures are kept; one that this nvcc does not know is left out with a message."""
+    output = configure(tmp_path / "build", "-DCMAKE_CUDA_ARCHITECTURES=90-real;20-real;89-virtual")
+    assert re.search(r"does not know.* 20-real", output), output
+    for command in (["--build", str(tmp_path / "build")], ["--install", str(tmp_path / "build"), "--prefix", "out"]):
+        subprocess.run(["cmake", *command], cwd=tmp_path, check=True, capture_output=True)
+    fatbin = (tmp_path / "out" / "recontrast_edge" / "kernels" / FATBIN).read_bytes()
+    assert fatbin[:4] == bytes.fromhex("50ed55ba")
+
+
+@needs_cmake
+def test_without_nvcc_the_build_goes_on_without_kernels(tmp_path: Path) -> None:
+    output = configure(tmp_path / "build", "-DRECONTRAST_EDGE_CUDA=OFF")
+    assert "Build files have been written" in output
+    subprocess.run(["cmake", "--build", str(tmp_path / "build")], check=True, capture_output=True)
+    subprocess.run(
+        ["cmake", "--install", str(tmp_path / "build"), "--prefix", str(tmp_path / "out")],
+        check=True,
+        capture_output=True,
+    )
+    assert not list((tmp_path / "out").rglob(FATBIN))
+    output = configure(
+        tmp_path / "missing", "-DRECONTRAST_EDGE_CUDA=ON", "-DCMAKE_CUDA_COMPILER=/nowhere/nvcc", path="/usr/bin:/bin"
+    )
+    assert "/nowhere/nvcc" in output
+    assert "Build files have been written" not in output
+
+
+def nvrtc() -> ctypes.CDLL | None:
+    """NVRTC as its wheel installs it."""
+    package = find_spec("nvidia")
+    for folder in package.submodule_search_locations or () if package else ():
+        for library in sorted(Path(folder).glob("*/lib/libnvrtc.so.*")):
+            return ctypes.CDLL(str(library))
+    return None
+
+
+@pytest.mark.skipif(nvrtc() is None, reason="NVRTC (nvidia-cuda-nvrtc) compiles the kernels where no fatbin fits")
+@pytest.mark.parametrize("architecture", [87, 90])
+def test_nvrtc_compiles_without_any_header_but_ours(architecture: int) -> None:
+    library = nvrtc()
+    assert library is not None
+    program = ctypes.c_void_p()
+    source = (kernel_folder() / SOURCE).read_bytes()
+    assert library.nvrtcCreateProgram(ctypes.byref(program), source, SOURCE.encode(), 0, None, None) == 0
+    texts = [f"-arch=sm_{architecture}", "-std=c++17", f"-I{kernel_folder()}"]
+    options = (ctypes.c_char_p * len(texts))(*(text.encode() for text in texts))
+    result = library.nvrtcCompileProgram(program, len(texts), options)
+    size = ctypes.c_size_t()
+    library.nvrtcGetProgramLogSize(program, ctypes.byref(size))
+    log = ctypes.create_string_buffer(size.value)
+    library.nvrtcGetProgramLog(program, log)
+    assert result == 0, log.value.decode()
+    assert library.nvrtcGetCUBINSize(program, ctypes.byref(size)) == 0
+    cubin = ctypes.create_string_buffer(size.value)
+    assert library.nvrtcGetCUBIN(program, cubin) == 0
+    for kernel in MAX_REGISTERS:
+        assert f".text.{kernel}".encode() in cubin.raw
+    library.nvrtcDestroyProgram(ctypes.byref(program))
