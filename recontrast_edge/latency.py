@@ -19,6 +19,9 @@ RELATIVE_ERROR = math.sqrt(BIN_RATIO) - 1
 
 PERCENTILES = {"p50": 0.50, "p90": 0.90, "p99": 0.99}
 
+LAST_STAGES = ("decide", "total")
+"""Where a summary has them, although a frame that was never inferred may have been the first to bring them."""
+
 _LOG_RATIO = math.log(BIN_RATIO)
 _BINS = math.ceil(math.log(HIGHEST_MS / LOWEST_MS) / _LOG_RATIO)
 
@@ -70,7 +73,7 @@ class LatencyHistogram:
 
 
 class StageLatencies:
-    """One histogram for each stage, in the order in which the stages were first seen."""
+    """One histogram for each stage."""
 
     def __init__(self) -> None:
         self.stages: dict[str, LatencyHistogram] = {}
@@ -81,6 +84,8 @@ class StageLatencies:
             self.stages.setdefault(stage, LatencyHistogram()).add(duration_ms)
 
     def summary(self) -> dict[str, dict[str, float]]:
-        """``LatencyHistogram.summary`` of each stage."""
-        # A copy, because another thread may be adding a new stage.
-        return {stage: histogram.summary() for stage, histogram in list(self.stages.items())}
+        """Of each stage, in the order in which they were first seen, but ``LAST_STAGES`` at the end."""
+        # A copy, because another thread may be adding a new stage. The sort is stable.
+        seen = list(self.stages.items())
+        stages = sorted(seen, key=lambda item: LAST_STAGES.index(item[0]) if item[0] in LAST_STAGES else -1)
+        return {stage: histogram.summary() for stage, histogram in stages}

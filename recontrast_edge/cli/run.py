@@ -69,7 +69,8 @@ def run_command(
 
     from recontrast_edge.engines import open_engine
     from recontrast_edge.pipeline import Pipeline, Statistics, stop_on_signals, warm_up
-    from recontrast_edge.sinks import open_sink
+    from recontrast_edge.sinks import sink_opener
+    from recontrast_edge.sinks.terminal import TerminalView
     from recontrast_edge.sources import open_source
     from recontrast_edge.verdict import resolve_threshold
 
@@ -77,17 +78,16 @@ def run_command(
     if len(set(outputs)) < len(outputs):
         raise UsageError("the same --output was given twice")
     records_on_stdout = "jsonl:-" in outputs
+    openers = [sink_opener(uri) for uri in outputs]
     stop, statistics = Event(), Statistics()
     with ExitStack() as stack:
         opened = stack.enter_context(open_engine(engine, threads=threads))
         limit = resolve_threshold(opened, threshold)
         warm_up(opened)
         frames = stack.enter_context(closing(open_source(source)))
-        sinks = [stack.enter_context(closing(open_sink(uri, input_spec=opened.spec.input))) for uri in outputs]
+        sinks = [stack.enter_context(closing(open_sink(opened.spec.input))) for open_sink in openers]
         stack.enter_context(stop_on_signals(stop))
         if not quiet:
-            from recontrast_edge.sinks.terminal import TerminalView
-
             title = f"{opened.spec.class_name} · {opened.name} · {frames.uri}"
             view = TerminalView(statistics, title=title, to_stderr=records_on_stdout)
             sinks.append(stack.enter_context(closing(view)))
@@ -112,9 +112,11 @@ def finish(pipeline: Pipeline, *, to_stderr: bool) -> None:
     statistics = pipeline.statistics
     reason = pipeline.stopped_by.replace("_", " ")
     typer.echo(f"{statistics.counts_line()}; {statistics.latency_line()}; stopped by {reason}", err=to_stderr)
-    if pipeline.errors:
-        for error in pipeline.errors[1:]:
+    # Whoever read the records on standard output (`| head`) may leave; that is no error.
+    errors = [error for error in pipeline.errors if not isinstance(error, BrokenPipeError)]
+    if errors:
+        for error in errors[1:]:
             typer.echo(f"error: {error}", err=True)
-        raise pipeline.errors[0]
+        raise errors[0]
     if statistics.verdicts["FAULT"]:
         raise typer.Exit(EXIT_FAULTS)

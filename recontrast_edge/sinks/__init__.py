@@ -19,6 +19,9 @@ from recontrast_edge.errors import UsageError
 from recontrast_edge.frame import Sink
 from recontrast_edge.spec import InputSpec
 
+Opener = Callable[[InputSpec], Sink]
+"""Opens an output; takes where the engine's maps lie in the images; raises OutputError."""
+
 
 def open_sink(uri: str, *, input_spec: InputSpec) -> Sink:
     """Open an output.
@@ -31,8 +34,17 @@ def open_sink(uri: str, *, input_spec: InputSpec) -> Sink:
         UsageError: unknown scheme, key or value.
         OutputError: nothing can be written there.
     """
+    return sink_opener(uri)(input_spec)
+
+
+def sink_opener(uri: str) -> Opener:
+    """Check an output's URI and load what it needs, but touch no file yet: then opening it takes no time.
+
+    Raises:
+        UsageError: unknown scheme, key or value.
+    """
     scheme, target, options = _split(uri)
-    return _SCHEMES[scheme](uri, target, options, input_spec)
+    return _SCHEMES[scheme](uri, target, options)
 
 
 def _split(uri: str) -> tuple[str, str, dict[str, str]]:
@@ -62,14 +74,14 @@ def _check_keys(uri: str, options: Mapping[str, str], known: tuple[str, ...]) ->
             raise UsageError(f"output {uri!r}: unknown option {key!r}; {hint}")
 
 
-def _open_jsonl(uri: str, target: str, options: Mapping[str, str], input_spec: InputSpec) -> Sink:
+def _jsonl(uri: str, target: str, options: Mapping[str, str]) -> Opener:
     from recontrast_edge.sinks.jsonl import JsonlSink
 
     _check_keys(uri, options, ())
-    return JsonlSink(None if target == "-" else Path(target))
+    return lambda _input_spec: JsonlSink(None if target == "-" else Path(target))
 
 
-def _open_video(uri: str, target: str, options: Mapping[str, str], input_spec: InputSpec) -> Sink:
+def _video(uri: str, target: str, options: Mapping[str, str]) -> Opener:
     from recontrast_edge.sinks.video import CONTAINERS, FPS_RANGE, VideoSink
 
     _check_keys(uri, options, ("fps",))
@@ -83,21 +95,21 @@ def _open_video(uri: str, target: str, options: Mapping[str, str], input_spec: I
         fps = float("nan")
     if not FPS_RANGE[0] <= fps <= FPS_RANGE[1]:
         raise UsageError(f"output {uri!r}: fps must be a number from {FPS_RANGE[0]} to {FPS_RANGE[1]}, got {text!r}")
-    return VideoSink(path, input_spec, fps=fps)
+    return lambda input_spec: VideoSink(path, input_spec, fps=fps)
 
 
-def _open_images(uri: str, target: str, options: Mapping[str, str], input_spec: InputSpec) -> Sink:
+def _images(uri: str, target: str, options: Mapping[str, str]) -> Opener:
     from recontrast_edge.sinks.images import ImagesSink
 
     _check_keys(uri, options, ("which",))
     which = options.get("which", "rejects")
     if which not in ("rejects", "all"):
         raise UsageError(f"output {uri!r}: which must be 'rejects' or 'all', got {which!r}")
-    return ImagesSink(Path(target), input_spec, every=which == "all")
+    return lambda input_spec: ImagesSink(Path(target), input_spec, every=which == "all")
 
 
-_SCHEMES: dict[str, Callable[[str, str, Mapping[str, str], InputSpec], Sink]] = {
-    "jsonl": _open_jsonl,
-    "video": _open_video,
-    "images": _open_images,
+_SCHEMES: dict[str, Callable[[str, str, Mapping[str, str]], Opener]] = {
+    "jsonl": _jsonl,
+    "video": _video,
+    "images": _images,
 }

@@ -58,8 +58,8 @@ def test_an_empty_histogram_has_zeros() -> None:
 
 def test_stages_keep_their_order_and_counts() -> None:
     latencies = StageLatencies()
-    latencies.add({"wait": 1.0, "total": 3.0})
-    latencies.add({"wait": 1.0, "infer": 2.0, "total": 3.0})
+    latencies.add({"wait": 1.0, "decide": 1.0, "total": 3.0})
+    latencies.add({"wait": 1.0, "infer": 2.0, "decide": 1.0, "total": 3.0})
     summary = latencies.summary()
-    assert list(summary) == ["wait", "total", "infer"]
-    assert [row["count"] for row in summary.values()] == [2, 2, 1]
+    assert list(summary) == ["wait", "infer", "decide", "total"]
+    assert [row["count"] for row in summary.values()] == [2, 1, 2, 2]
