@@ -82,7 +82,6 @@ class _Level(ctypes.Structure):
         ("splits", ctypes.c_int),
         ("split_channels", ctypes.c_int),
         ("first_block", ctypes.c_int),
-        ("reserved", ctypes.c_int),
     ]
 
 

@@ -48,7 +48,6 @@ struct Level {
     int splits;  // blocks along the channels
     int split_channels;
     int first_block;  // of this level in the grid
-    int reserved;
 };
 
 struct AnomalyMapParams {

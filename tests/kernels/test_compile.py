@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from recontrast_edge.kernels import FATBIN, SOURCE
+from recontrast_edge.kernels import _UNROLL, FATBIN, SOURCE
 from tests.kernels.host import kernel_folder
 
 ROOT = Path(__file__).parent.parent.parent
@@ -80,6 +80,19 @@ def test_registers_and_memory_on_every_architecture(tmp_path: Path) -> None:
         assert registers.keys() == MAX_REGISTERS.keys()
 
 
+@needs_nvcc
+def test_features_are_read_16_bytes_at_a_time(tmp_path: Path) -> None:
+    assert NVCC is not None
+    ptx = tmp_path / "kernels.ptx"
+    subprocess.run(
+        [NVCC, "-std=c++17", "-ptx", "-arch=sm_87", "-o", str(ptx), str(kernel_folder() / SOURCE)], check=True
+    )
+    bodies = dict(re.findall(r"\.entry (\w+)\((.*?)(?=\.entry|\Z)", ptx.read_text(), re.DOTALL))
+    # A round of the unrolled loop, and a single one for what remains.
+    for kernel in ("distance_fp16", "distance_fp32"):
+        assert len(re.findall(r"ld\.global\.cs\.v4\.[uf]32", bodies[kernel])) == 2 * (_UNROLL + 1)
+
+
 def configure(build: Path, *options: str, path: str | None = None) -> str:
     environment = os.environ | ({"PATH": path} if path is not None else {})
     done = subprocess.run(
@@ -108,7 +121,7 @@ def test_cmake_builds_and_installs_one_fatbin(tmp_path: Path) -> None:
 
 @needs_cmake
 def test_without_nvcc_the_build_goes_on_without_kernels(tmp_path: Path) -> None:
-    output = configure(tmp_path / "build", "-DRECONTRAST_EDGE_CUDA=OFF")
+    output = configure(tmp_path / "build", "-DRECONTRAST_CUDA=OFF")
     assert "Build files have been written" in output
     subprocess.run(["cmake", "--build", str(tmp_path / "build")], check=True, capture_output=True)
     subprocess.run(
@@ -118,7 +131,7 @@ def test_without_nvcc_the_build_goes_on_without_kernels(tmp_path: Path) -> None:
     )
     assert not list((tmp_path / "out").rglob(FATBIN))
     output = configure(
-        tmp_path / "missing", "-DRECONTRAST_EDGE_CUDA=ON", "-DCMAKE_CUDA_COMPILER=/nowhere/nvcc", path="/usr/bin:/bin"
+        tmp_path / "missing", "-DRECONTRAST_CUDA=ON", "-DCMAKE_CUDA_COMPILER=/nowhere/nvcc", path="/usr/bin:/bin"
     )
     assert "/nowhere/nvcc" in output
     assert "Build files have been written" not in output
