@@ -33,7 +33,7 @@ from recontrast_export.parity import (
 )
 from recontrast_export.torch_to_onnx import add_network
 from recontrast_train.model import ReContrast
-from recontrast_train.run import load_run
+from recontrast_train.run import HOLDOUT_FILE, load_run
 from recontrast_train.score import TorchScorer
 
 Head = Literal["map", "features"]
@@ -43,9 +43,6 @@ TOLERANCES: dict[Storage, Tolerance] = {
     # Rounding the weights to 11 bits moves the map itself; scores may then swap within the error of both.
     "fp16": Tolerance(map_error=5e-3, tie=1e-2),
 }
-
-HOLDOUT_FILE = "holdout.txt"
-"""In a run folder: good images that training left out."""
 
 
 def export_onnx(
@@ -86,21 +83,22 @@ def export_onnx(
     model, spec = load_run(run)
     chosen = read_images(images) if images else _default_images(run, spec)
     exported = build_onnx(model, spec, head=head, storage=storage, opset=opset)
+    content = exported.SerializeToString(deterministic=True)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as folder:
-            # The very file that gets the name is the one that is compared.
+            # What is compared are the bytes that get the name, loaded as the line computer loads them.
             candidate = Path(folder) / out.name
-            with atomic_write(candidate) as file:
-                file.write(exported.SerializeToString(deterministic=True))
+            candidate.write_bytes(content)
             with OnnxEngine(candidate) as engine:
                 report = compare(TorchScorer(model, spec), engine.infer, chosen)
-            if on_parity is not None:
-                on_parity(report, TOLERANCES[storage])
-            report.enforce(TOLERANCES[storage])
-            candidate.replace(out)
     except OSError as error:
         raise OutputError(f"{out}: cannot write ({error.strerror or error})") from None
+    if on_parity is not None:
+        on_parity(report, TOLERANCES[storage])
+    report.enforce(TOLERANCES[storage])
+    with atomic_write(out) as file:
+        file.write(content)
     return report
 
 

@@ -115,9 +115,12 @@ class _Translation:
             raise _untranslatable(node, str(module))
 
     def _convolution(self, node: fx.Node, module: nn.Conv2d | nn.ConvTranspose2d, x: str) -> None:
-        if module.padding_mode != "zeros" or isinstance(module.padding, str) or any(module.output_padding):
-            raise _untranslatable(node, str(module))
         transposed = isinstance(module, nn.ConvTranspose2d)
+        plain = (
+            module.padding_mode == "zeros" and not isinstance(module.padding, str) and not any(module.output_padding)
+        )
+        if not plain or (transposed and module.groups != 1):
+            raise _untranslatable(node, str(module))
         weight, bias = _array(module.weight), None if module.bias is None else _array(module.bias)
         result = node
         # A batch norm that is the only reader of this convolution is a scale and an offset of its output channels.
@@ -129,8 +132,6 @@ class _Translation:
             weight = weight * scale.reshape((1, -1, 1, 1) if transposed else (-1, 1, 1, 1))
             bias = offset if bias is None else bias * scale + offset
             result = reader
-        if transposed and module.groups != 1:
-            raise _untranslatable(node, str(module))
         path = self._path(node)
         inputs = [x, self._graph.constant(f"{path}/weight", weight.astype(np.float32))]
         if bias is not None:

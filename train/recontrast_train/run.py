@@ -20,6 +20,9 @@ from recontrast_edge.images import atomic_write
 from recontrast_edge.spec import ModelSpec
 from recontrast_train.model import ReContrast
 
+HOLDOUT_FILE = "holdout.txt"
+"""Lists the good images that training left out; paths are relative to the run folder."""
+
 
 def weights_bytes(model: ReContrast) -> bytes:
     """The model's state as a safetensors file's bytes."""

@@ -36,11 +36,10 @@ from recontrast_train.fit import check_precision, fit
 from recontrast_train.model import STRIDES, ReContrast
 from recontrast_train.recipe import Recipe, load_recipe
 from recontrast_train.report import write_loss_curve, write_report
-from recontrast_train.run import load_run, save_run, weights_bytes
+from recontrast_train.run import HOLDOUT_FILE, load_run, save_run, weights_bytes
 from recontrast_train.score import TorchScorer
 
 CHECKPOINT_FILE = "checkpoint.safetensors"
-HOLDOUT_FILE = "holdout.txt"
 LOSS_FILE = "loss.csv"
 
 
