@@ -319,7 +319,7 @@ class Pipeline:
         }
 
     def write_summary(self, path: Path, **more: Any) -> None:
-        """Write ``summary`` with ``more`` entries as JSON; a failure joins ``errors``, so as not to hide an earlier one."""
+        """Write ``summary`` and ``more`` as JSON; a failure joins ``errors``, so that it hides no earlier one."""
         try:
             with atomic_write(path) as file:
                 file.write(json.dumps({**self.summary(), **more}, indent=2, allow_nan=False).encode() + b"\n")
