@@ -472,11 +472,10 @@ def stop_on_signals(stop: threading.Event) -> Iterator[None]:
     Only for the main thread, which is the only one that Python gives signals to.
     """
 
-    def handle(number: int, _frame: FrameType | None) -> None:
-        if stop.is_set():
-            signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(number)
+    def handle(_number: int, _frame: FrameType | None) -> None:
         stop.set()
+        for number in before:
+            signal.signal(number, signal.SIG_DFL)
 
     before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -368,6 +368,7 @@ def test_a_signal_stops_and_handlers_come_back() -> None:
     with stop_on_signals(stop):
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop.wait(1.0)
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL, "the second one ends the process at once"
     assert signal.getsignal(signal.SIGTERM) is before
 
 
