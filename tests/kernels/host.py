@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import shutil
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
@@ -54,11 +54,20 @@ class Host:
     def __init__(self, library: Path, *, teams: int = 1, seed: int = 0) -> None:
         self._library = ctypes.CDLL(str(library))
         self._library.host_constants.restype = ctypes.POINTER(ctypes.c_long)
+        self._library.host_key_of.restype = ctypes.c_uint
+        self._library.host_value_of.restype = ctypes.c_float
         self.teams = teams
         self.seed = seed
 
     def constants(self) -> list[int]:
         return list(self._library.host_constants()[:CONSTANTS])
+
+    def key_of(self, value: np.float32) -> int:
+        """The score's key of a map value."""
+        return int(self._library.host_key_of(ctypes.c_uint(value.view(np.uint32))))
+
+    def value_of(self, key: int) -> float:
+        return float(self._library.host_value_of(ctypes.c_uint(key)))
 
     def leave_out(self, file: str, line: int) -> None:
         """Make the barrier or fence at this line do nothing from now on."""
@@ -79,11 +88,15 @@ class Host:
         assert misaligned == 0, f"{launch.kernel}: {misaligned} misaligned vector loads"
 
     def anomaly_map(
-        self, features: Mapping[str, NDArray[Any]], plan: AnomalyMapPlan, *, launches: int = 1
+        self,
+        features: Mapping[str, NDArray[Any]],
+        plan: AnomalyMapPlan,
+        *,
+        before: Sequence[Mapping[str, NDArray[Any]]] = (),
     ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Maps (N, height, width) and scores (N,) of feature tensors named as in a ``features`` graph.
 
-        More ``launches`` reuse the workspace as it was left, as a stream of frames does.
+        The features of ``before`` are judged first, in the same workspace, as a stream of frames is.
         """
         batch = next(iter(features.values())).shape[0]
         width, height = plan.size_wh
@@ -91,15 +104,15 @@ class Host:
         scores = np.full(batch, np.nan, np.float32)
         workspace = np.zeros(plan.workspace_bytes, np.uint8)
         constants = plan.constants.copy()
-        params = plan.params(
-            {name: tensor.ctypes.data for name, tensor in features.items()},
-            map_pointer=maps.ctypes.data,
-            score_pointer=scores.ctypes.data,
-            workspace_pointer=workspace.ctypes.data,
-            constants_pointer=constants.ctypes.data,
-        )
-        for _ in range(launches):
+        for frame in (*before, features):
             maps[:], scores[:] = np.nan, np.nan
+            params = plan.params(
+                {name: tensor.ctypes.data for name, tensor in frame.items()},
+                map_pointer=maps.ctypes.data,
+                score_pointer=scores.ctypes.data,
+                workspace_pointer=workspace.ctypes.data,
+                constants_pointer=constants.ctypes.data,
+            )
             for launch in plan.launches(batch):
                 self.launch(launch, params)
         return maps, scores

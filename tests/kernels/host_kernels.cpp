@@ -127,6 +127,11 @@ void host_leave_out(const char* file, int line)
     host::left_out_line = line;
 }
 
+// From the bits of a float, so that no NaN is changed on the way.
+unsigned int host_key_of(unsigned int bits) { return key_of(__uint_as_float(bits)); }
+
+float host_value_of(unsigned int key) { return value_of(key); }
+
 // What the launch plan must know alike, in the order of tests/kernels/test_plan.py.
 const long* host_constants()
 {

@@ -210,13 +210,28 @@ def test_an_image_gets_the_same_bits_alone_in_a_batch_and_whatever_block_comes_l
 
 
 @pytest.mark.parametrize("rule", ["max", "top"])
-def test_every_launch_leaves_the_workspace_ready_for_the_next(host: Host, rule: Any) -> None:
-    features = make_features([(40, 5, 5), (16, 2, 2)], 2, np.float16)
+def test_a_frame_leaves_nothing_behind_for_the_next(host: Host, rule: Any) -> None:
+    levels_chw = [(40, 5, 5), (16, 2, 2)]
+    features = make_features(levels_chw, 2, np.float16)
+    opposite = {name: tensor * (-1 if name.startswith("target") else 1) for name, tensor in features.items()}
+    zero = {name: np.zeros_like(tensor) for name, tensor in features.items()}
+    nan = {name: np.full_like(tensor, np.nan) for name, tensor in features.items()}
     plan = make_plan(features, (32, 16), scoring=Scoring(rule=rule), max_batch=4, multiprocessors=132)
     maps, scores = host.anomaly_map(features, plan)
-    maps_later, scores_later = host.anomaly_map(features, plan, launches=3)
+    maps_later, scores_later = host.anomaly_map(features, plan, before=[opposite, nan, zero])
     np.testing.assert_array_equal(maps_later, maps)
     np.testing.assert_array_equal(scores_later, scores)
+
+
+def test_keys_have_the_order_of_floats_with_nan_on_top(host: Host) -> None:
+    ascending = np.array([-np.inf, -3e38, -1.0, -1e-45, 0.0, 1e-45, 1e-7, 1.0, 4.0, 3e38, np.inf], np.float32)
+    keys = [host.key_of(value) for value in ascending]
+    assert keys == sorted(set(keys))
+    assert [host.value_of(key) for key in keys] == ascending.tolist()
+    for bits in (0x7FC00000, 0x7F800001, 0x7FFFFFFF, 0xFFC00000, 0xFFFFFFFF):
+        key = host.key_of(np.uint32(bits).view(np.float32))
+        assert key > keys[-1]
+        assert np.isnan(host.value_of(key))
 
 
 @pytest.mark.parametrize("top_fraction", [0.001, 0.1, 0.5, 0.999])
