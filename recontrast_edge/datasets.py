@@ -106,7 +106,7 @@ def find_dataset(path: Path) -> Dataset:
         if path.is_dir():
             if any((path / part).is_dir() for part in ("train", "test", "ground_truth")):
                 return _mvtec(path)
-            samples = tuple(Sample(image) for image in _images(path))
+            samples = tuple(Sample(image) for image in image_files(path))
             if not samples:
                 raise InputError(
                     f"{path}: holds no images ({_found(path)}); expected a folder of good images, or\n{LAYOUT}"
@@ -122,7 +122,7 @@ def find_dataset(path: Path) -> Dataset:
 def _mvtec(root: Path) -> Dataset:
     train, test, truth = root / "train", root / "test", root / "ground_truth"
     if train.is_dir():
-        others = [entry.name for entry in _folders(train) if entry.name != GOOD and _images(entry)]
+        others = [entry.name for entry in _folders(train) if entry.name != GOOD and image_files(entry)]
         if others:
             raise InputError(
                 f"{train}: training uses good parts only, but found {', '.join(others)}; move those to {test}. "
@@ -132,11 +132,11 @@ def _mvtec(root: Path) -> Dataset:
             raise InputError(
                 f"{train / GOOD}: no such folder; expected\n{LAYOUT}\nfound: {_found(root)}; in train: {_found(train)}"
             )
-        if not _images(train / GOOD):
+        if not image_files(train / GOOD):
             raise InputError(f"{train / GOOD}: holds no images ({_found(train / GOOD)}); expected\n{LAYOUT}")
     elif not test.is_dir():
         raise InputError(f"{root}: neither train nor test; expected\n{LAYOUT}\nfound: {_found(root)}")
-    train_good = tuple(Sample(image) for image in _images(train / GOOD)) if train.is_dir() else ()
+    train_good = tuple(Sample(image) for image in image_files(train / GOOD)) if train.is_dir() else ()
     if not test.is_dir():
         return Dataset(root, root.resolve().name, train_good, ())
 
@@ -146,7 +146,7 @@ def _mvtec(root: Path) -> Dataset:
     samples: list[Sample] = []
     for folder in kinds:
         masks = _masks(truth / folder.name) if folder.name != GOOD else {}
-        for image in _images(folder):
+        for image in image_files(folder):
             mask = None
             if folder.name != GOOD and truth.is_dir():
                 relative = image.relative_to(folder).with_suffix("")
@@ -165,7 +165,7 @@ def _mvtec(root: Path) -> Dataset:
 def _masks(folder: Path) -> dict[Path, Path]:
     if not folder.is_dir():
         return {}
-    return {mask.relative_to(folder).with_suffix(""): mask for mask in _images(folder)}
+    return {mask.relative_to(folder).with_suffix(""): mask for mask in image_files(folder)}
 
 
 def _listed(path: Path) -> tuple[Sample, ...]:
@@ -195,7 +195,7 @@ def _folders(folder: Path) -> list[Path]:
     return [entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith(".")]
 
 
-def _images(folder: Path) -> list[Path]:
+def image_files(folder: Path) -> list[Path]:
     """Image files under a folder, by suffix, in natural order; hidden files and folders are skipped."""
     found = [
         entry

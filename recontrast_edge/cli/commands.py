@@ -12,6 +12,7 @@ MODULES = (
     "calibrate",
     "run",
     "demo",
+    "synth",
     "info",
     "doctor",
 )

@@ -8,7 +8,8 @@ from pathlib import Path
 import typer
 
 from recontrast_edge.cli import app
-from recontrast_edge.errors import EXIT_INTERRUPTED, MissingError, UsageError
+from recontrast_edge.errors import EXIT_INTERRUPTED, MissingError
+from recontrast_edge.uri import size_option
 
 
 @app.command("train")
@@ -72,7 +73,7 @@ def train_command(
         ("batch", batch),
         ("seed", seed),
         ("precision", precision),
-        ("size_wh", _size(size)),
+        ("size_wh", None if size is None else size_option("train", "--size", size)),
     ):
         if value is not None:
             overrides[key] = value
@@ -95,12 +96,3 @@ def train_command(
     except TrainingStoppedError as stopped:
         typer.echo(f"{stopped}; go on with the same command and --resume", err=True)
         sys.exit(EXIT_INTERRUPTED)
-
-
-def _size(text: str | None) -> list[int] | None:
-    if text is None:
-        return None
-    parts = text.lower().split("x")
-    if len(parts) != 2 or not all(part.isdecimal() for part in parts):
-        raise UsageError(f"--size {text!r}: expected WIDTHxHEIGHT in pixels, e.g. 256x256")
-    return [int(part) for part in parts]

@@ -11,13 +11,13 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
 from recontrast_edge.errors import UsageError
 from recontrast_edge.frame import Sink
 from recontrast_edge.spec import InputSpec
+from recontrast_edge.uri import number_option, parse_options
 
 Opener = Callable[[InputSpec], Sink]
 """Opens an output; takes where the engine's maps lie in the images; raises OutputError."""
@@ -43,11 +43,11 @@ def sink_opener(uri: str) -> Opener:
     Raises:
         UsageError: unknown scheme, key or value.
     """
-    scheme, target, options = _split(uri)
-    return _SCHEMES[scheme](uri, target, options)
+    scheme, target, query = _split(uri)
+    return _SCHEMES[scheme](uri, target, query)
 
 
-def _split(uri: str) -> tuple[str, str, dict[str, str]]:
+def _split(uri: str) -> tuple[str, str, str]:
     scheme, colon, rest = uri.partition(":")
     if not colon or scheme not in _SCHEMES:
         raise UsageError(
@@ -57,58 +57,39 @@ def _split(uri: str) -> tuple[str, str, dict[str, str]]:
     target, _, query = rest.partition("?")
     if not target:
         raise UsageError(f"output {uri!r}: a file or folder is missing after {scheme!r}:")
-    options: dict[str, str] = {}
-    for item in filter(None, query.split("&")):
-        key, equals, value = item.partition("=")
-        if not equals or not value or key in options:
-            raise UsageError(f"output {uri!r}: expected each option once, as key=value, got {item!r}")
-        options[key] = value
-    return scheme, target, options
+    return scheme, target, query
 
 
-def _check_keys(uri: str, options: Mapping[str, str], known: tuple[str, ...]) -> None:
-    for key in options:
-        if key not in known:
-            near = difflib.get_close_matches(key, known, 1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known) or 'none'}"
-            raise UsageError(f"output {uri!r}: unknown option {key!r}; {hint}")
-
-
-def _jsonl(uri: str, target: str, options: Mapping[str, str]) -> Opener:
+def _jsonl(uri: str, target: str, query: str) -> Opener:
     from recontrast_edge.sinks.jsonl import JsonlSink
 
-    _check_keys(uri, options, ())
+    parse_options(f"output {uri!r}", query, ())
     return lambda _input_spec: JsonlSink(None if target == "-" else Path(target))
 
 
-def _video(uri: str, target: str, options: Mapping[str, str]) -> Opener:
+def _video(uri: str, target: str, query: str) -> Opener:
     from recontrast_edge.sinks.video import CONTAINERS, FPS_RANGE, VideoSink
 
-    _check_keys(uri, options, ("fps",))
+    what = f"output {uri!r}"
+    options = parse_options(what, query, ("fps",))
     path = Path(target)
     if path.suffix.lower() not in CONTAINERS:
-        raise UsageError(f"output {uri!r}: expected a file ending in {', '.join(CONTAINERS)}, got {path.suffix!r}")
-    text = options.get("fps", "30")
-    try:
-        fps = float(text)
-    except ValueError:
-        fps = float("nan")
-    if not FPS_RANGE[0] <= fps <= FPS_RANGE[1]:
-        raise UsageError(f"output {uri!r}: fps must be a number from {FPS_RANGE[0]} to {FPS_RANGE[1]}, got {text!r}")
+        raise UsageError(f"{what}: expected a file ending in {', '.join(CONTAINERS)}, got {path.suffix!r}")
+    fps = number_option(what, "fps", options.get("fps", "30"), low=FPS_RANGE[0], high=FPS_RANGE[1])
     return lambda input_spec: VideoSink(path, input_spec, fps=fps)
 
 
-def _images(uri: str, target: str, options: Mapping[str, str]) -> Opener:
+def _images(uri: str, target: str, query: str) -> Opener:
     from recontrast_edge.sinks.images import ImagesSink
 
-    _check_keys(uri, options, ("which",))
+    options = parse_options(f"output {uri!r}", query, ("which",))
     which = options.get("which", "rejects")
     if which not in ("rejects", "all"):
         raise UsageError(f"output {uri!r}: which must be 'rejects' or 'all', got {which!r}")
     return lambda input_spec: ImagesSink(Path(target), input_spec, every=which == "all")
 
 
-_SCHEMES: dict[str, Callable[[str, str, Mapping[str, str]], Opener]] = {
+_SCHEMES: dict[str, Callable[[str, str, str], Opener]] = {
     "jsonl": _jsonl,
     "video": _video,
     "images": _images,

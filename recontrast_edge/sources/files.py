@@ -1,0 +1,76 @@
+"""Images from disk as frames: one file, or a folder in natural order.
+
+frame = ImageSource(Path("tiles/test")).read(timeout_s=1.0)
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from pathlib import Path
+
+from recontrast_edge.datasets import GOOD, image_files
+from recontrast_edge.errors import InputError
+from recontrast_edge.frame import EndOfStream, Frame, Truth
+from recontrast_edge.images import read_image
+from recontrast_edge.verdict import Fault
+
+
+class ImageSource:
+    """An image file, or the images of a folder and its subfolders.
+
+    In a folder a broken image does not end the stream: it becomes a frame without image, for a FAULT. Files that are
+    no images by their suffix are ignored. In an MVTec layout (``test/KIND``, ``train/good``) the truth is known.
+
+    Args:
+        path: an image, or a folder with at least one.
+
+    Raises:
+        InputError: no images, or a single file that cannot be read.
+    """
+
+    live = False
+
+    def __init__(self, path: Path) -> None:
+        self.uri = str(path)
+        self._closed = threading.Event()
+        self._next = 0
+        if path.is_dir():
+            try:
+                self._paths = image_files(path)
+            except OSError as error:
+                raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
+            if not self._paths:
+                raise InputError(f"{path}: holds no images")
+        else:
+            # One image is all that was asked for: if it is broken, that is an error and not a stream with a fault.
+            read_image(path)
+            self._paths = [path]
+
+    def read(self, timeout_s: float) -> Frame | None:
+        """See ``Source.read``; never times out."""
+        if self._closed.is_set() or self._next == len(self._paths):
+            raise EndOfStream
+        frame_id, path = self._next, self._paths[self._next]
+        self._next += 1
+        truth = truth_of(path)
+        try:
+            image = read_image(path)
+        except InputError as error:
+            code = Fault.UNREADABLE_IMAGE.value
+            return Frame(frame_id, str(path), None, time.monotonic(), fault=code, detail=str(error), truth=truth)
+        return Frame(frame_id, str(path), image, time.monotonic(), truth=truth)
+
+    def close(self) -> None:
+        """See ``Source.close``."""
+        self._closed.set()
+
+
+def truth_of(path: Path) -> Truth | None:
+    """What the MVTec layout says of an image: in ``test`` and ``train`` ``good`` is good, any other ``test/KIND`` not."""
+    parts = path.absolute().parts
+    if len(parts) < 3 or parts[-3] not in ("train", "test"):
+        return None
+    if parts[-2] == GOOD:
+        return "good"
+    return "defect" if parts[-3] == "test" else None

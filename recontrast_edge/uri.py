@@ -1,0 +1,74 @@
+"""Options of source and output URIs, checked by name.
+
+options = parse_options("output 'video:a.mp4?fps=30'", "fps=30", known=("fps",))  # {"fps": "30"}
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Collection
+
+from recontrast_edge.errors import UsageError
+
+
+def parse_options(what: str, query: str, known: Collection[str]) -> dict[str, str]:
+    """Split ``key=value&key=value``.
+
+    Args:
+        what: the URI and what it stands for, for messages.
+        query: what follows the question mark, without it.
+        known: keys there are.
+
+    Raises:
+        UsageError: an item that is no ``key=value``, a key twice, or an unknown key (the nearest known one is named).
+    """
+    options: dict[str, str] = {}
+    for item in filter(None, query.split("&")):
+        key, equals, value = item.partition("=")
+        if not equals or not value or key in options:
+            raise UsageError(f"{what}: expected each option once, as key=value, got {item!r}")
+        if key not in known:
+            near = difflib.get_close_matches(key, known, 1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known) or 'none'}"
+            raise UsageError(f"{what}: unknown option {key!r}; {hint}")
+        options[key] = value
+    return options
+
+
+def number_option(what: str, key: str, text: str, *, low: float, high: float) -> float:
+    """A number within a range.
+
+    Raises:
+        UsageError: not a number, or outside of ``low..high``.
+    """
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not low <= value <= high:
+        raise UsageError(f"{what}: {key} must be a number from {low:g} to {high:g}, got {text!r}")
+    return value
+
+
+def whole_option(what: str, key: str, text: str, *, low: int, high: int) -> int:
+    """A whole number within a range.
+
+    Raises:
+        UsageError: not a whole number, or outside of ``low..high``.
+    """
+    if not (text.isascii() and text.isdecimal()) or not low <= int(text) <= high:
+        raise UsageError(f"{what}: {key} must be a whole number from {low} to {high}, got {text!r}")
+    return int(text)
+
+
+def size_option(what: str, key: str, text: str) -> tuple[int, int]:
+    """``WIDTHxHEIGHT`` in pixels.
+
+    Raises:
+        UsageError: of another form.
+    """
+    width, cross, height = text.lower().partition("x")
+    if not (cross and width.isascii() and width.isdecimal() and height.isascii() and height.isdecimal()):
+        raise UsageError(f"{what}: {key} must be WIDTHxHEIGHT in pixels, e.g. 256x256, got {text!r}")
+    return int(width), int(height)
