@@ -67,7 +67,7 @@ class ImageSource:
 
 
 def truth_of(path: Path) -> Truth | None:
-    """What the MVTec layout says of an image: in ``test`` and ``train`` ``good`` is good, any other ``test/KIND`` not."""
+    """What the MVTec layout says: ``test/good`` and ``train/good`` are good, any other ``test/KIND`` is not."""
     parts = path.absolute().parts
     if len(parts) < 3 or parts[-3] not in ("train", "test"):
         return None

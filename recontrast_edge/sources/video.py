@@ -93,7 +93,7 @@ class VideoSource:
 
     def _broken(self, reason: str) -> str:
         promised = f" of {self._promised}" if self._promised else ""
-        return f"{self._path}: the video breaks off after {self._next}{promised} frames ({reason}); was it copied completely?"
+        return f"{self._path}: the video breaks off after {self._next}{promised} frames ({reason}); copy it again"
 
     def close(self) -> None:
         """See ``Source.close``."""
