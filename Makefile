@@ -21,8 +21,7 @@ TORCH_SPEC ?= torch==2.13.0
 
 DEMO_VENV := build/venv-demo
 TEST_VENV := build/venv-test
-BUILD := pyproject.toml CMakeLists.txt $(wildcard recontrast_edge/kernels/*.cu*)
-SOURCES := $(shell find recontrast_edge train export -type f -not -name '*.pyc')
+SOURCES := pyproject.toml CMakeLists.txt README.md LICENSE $(shell find recontrast_edge train export -type f -not -name '*.pyc')
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -46,15 +45,15 @@ clean:
 	rm -rf build dist demo-output .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 # The demo runs what people get from `pip install .`, so it is installed again when a source file changes.
-$(DEMO_VENV)/installed: $(BUILD) $(SOURCES)
+$(DEMO_VENV)/installed: $(SOURCES)
 	$(call venv,$(DEMO_VENV))
 	$(DEMO_VENV)/bin/python -m pip install .
 	@touch $@
 
-# The tests run against the checkout, so only new dependencies or kernels install anything.
-$(TEST_VENV)/installed: $(BUILD)
+# The tests run against the checkout, so only new dependencies install anything. The kernels' tests build what they need.
+$(TEST_VENV)/installed: pyproject.toml
 	$(call venv,$(TEST_VENV))
-	$(TEST_VENV)/bin/python -m pip install '$(TORCH_SPEC)' --editable '.[train,export,dev]'
+	CMAKE_ARGS=-DRECONTRAST_CUDA=OFF $(TEST_VENV)/bin/python -m pip install '$(TORCH_SPEC)' --editable '.[train,export,dev]'
 	@touch $@
 
 define venv

@@ -20,10 +20,11 @@ ROOT = Path(__file__).parent.parent
 DEMO_FRAMES = 30
 
 
-def checked(command: list[str | Path], cwd: Path, timeout_s: float = 600) -> str:
+def checked(command: list[str | Path], cwd: Path, **more_environment: str) -> str:
     """Standard output of a command that must succeed; nothing of this checkout leaks into it."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "VIRTUAL_ENV"))}
-    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout_s)
+    environment |= more_environment
+    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, f"{command} ended with {done.returncode}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
     return done.stdout
 
@@ -41,8 +42,8 @@ class Installed:
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("wheel")
     # The CUDA kernels have tests of their own; without them the build shows that it needs no compiler.
-    options = ["--config-settings=cmake.define.RECONTRAST_CUDA=OFF", f"--config-settings=build-dir={folder / 'build'}"]
-    checked([sys.executable, "-m", "pip", "wheel", ROOT, "--no-deps", "--wheel-dir", folder, *options], cwd=folder)
+    settings = {"CMAKE_ARGS": "-DRECONTRAST_CUDA=OFF", "SKBUILD_BUILD_DIR": str(folder / "build")}
+    checked([sys.executable, "-m", "pip", "wheel", ROOT, "--no-deps", "--wheel-dir", folder], folder, **settings)
     (path,) = folder.glob("*.whl")
     return path
 

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from recontrast_edge.kernels import AnomalyMapPlan, Launch, PreprocessPlan
+from recontrast_edge.kernels import SOURCE, AnomalyMapPlan, Launch, PreprocessPlan
 
 HERE = Path(__file__).parent
 COMPILER = shutil.which("g++")
@@ -26,8 +26,9 @@ CONSTANTS = 21
 
 def kernel_folder() -> Path:
     """The folder of the CUDA sources, as installed."""
-    with as_file(files("recontrast_edge.kernels")) as folder:
-        return folder
+    # By way of a file: where an editable install adds a fatbin, the package is two folders.
+    with as_file(files("recontrast_edge.kernels") / SOURCE) as source:
+        return source.parent
 
 
 def build(folder: Path, *, sanitizer: str | None = None) -> Path:
