@@ -5,9 +5,11 @@ frame = VideoSource(Path("belt.mp4")).read(timeout_s=1.0)
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,19 +22,20 @@ from recontrast_edge.verdict import Fault
 if TYPE_CHECKING:
     from av.container import InputContainer
 
-MISSING_FRAMES = 2
-MISSING_SHARE = 0.02
-"""A video may end with so many frames, or such a share of them, fewer than its container promised: durations are
-rounded, and encoders drop the odd frame. More is a video that was cut off."""
+SLACK_FRAMES = 1.5
+"""Frame periods by which a video may end before the time its container promised: times are rounded."""
 
 
 class VideoSource:
     """A video file, frame by frame, BGR.
 
     A video that breaks off delivers every frame that can be decoded and then raises ``SourceError``. It is noticed by
-    the container's error, or by fewer frames than its header promised (MP4, AVI: their number; Matroska: their
-    duration). A cut cannot be seen where the header promises nothing: MPEG-TS, raw streams, and
-    Matroska that was never completed. A damaged frame becomes a frame without image, for a FAULT.
+    the container's error, by a last packet that is cut off, and by an end before the one that the container promises:
+    a number of frames in AVI, a time elsewhere. Cuts that cannot be seen: at a packet's border where nothing is
+    promised or the promise was derived from the shortened file (MPEG-TS, raw streams, a recording that was never
+    completed), and the loss of no more than the last frame or, where frames are stored out of order, the last few.
+
+    A damaged frame becomes a frame without image, for a FAULT. What a decoder repairs without a word is not noticed.
 
     Raises:
         SourceError: not a video, no video stream in it, or damaged at its head.
@@ -50,7 +53,7 @@ class VideoSource:
         self._container: InputContainer | None = None
         try:
             # A playlist must not make us fetch what it names.
-            container = av.open(str(path), metadata_errors="ignore", options={"protocol_whitelist": "file"})
+            container = av.open(f"file:{path}", metadata_errors="ignore", options={"protocol_whitelist": "file"})
         except (av.error.FFmpegError, OSError, ValueError) as error:
             raise SourceError(f"{path}: not a video that can be read ({_reason(error)})") from None
         # FFmpeg draws any text file as a terminal's screen.
@@ -58,10 +61,14 @@ class VideoSource:
             container.close()
             raise SourceError(f"{path}: not a video: it holds no video stream")
         stream = container.streams.video[0]
-        stream.thread_type = "AUTO"
-        self._promised = _promised_frames(stream, container.duration)
+        # Decoding several frames at once would lose whole ones beside a damaged one.
+        stream.thread_type = "SLICE"
         self._container = container
-        self._frames = _decode(container, stream)
+        self._promise = _Promise.of(container, stream)
+        self._packets = 0
+        self._end_s: float | None = None
+        self._cut_off = False
+        self._frames = self._decode(container, stream)
 
     def read(self, timeout_s: float) -> Frame | None:
         """See ``Source.read``; never times out."""
@@ -86,13 +93,49 @@ class VideoSource:
             image = np.ascontiguousarray(picture.to_ndarray(format="bgr24"))
             return Frame(frame_id, self.uri, image, time.monotonic())
 
+    def _decode(self, container: InputContainer, stream: Any) -> Iterator[Any]:
+        """All frames that can be had, None for a packet that cannot be decoded; then the container's error, if any."""
+        import av
+
+        broken: Exception | None = None
+        packets = container.demux(stream)
+        while True:
+            try:
+                packet = next(packets)
+            except StopIteration:
+                return
+            except (av.error.FFmpegError, OSError, ValueError) as error:
+                # The decoder still holds frames.
+                broken, packet = error, None
+            if packet is not None and packet.size:
+                self._packets += 1
+                self._cut_off = packet.is_corrupt
+                if packet.pts is not None:
+                    end_s = float((packet.pts + (packet.duration or 0)) * stream.time_base)
+                    self._end_s = max(end_s, self._end_s or end_s)
+            try:
+                yield from stream.codec_context.decode(packet)
+            except av.error.EOFError:
+                pass
+            except av.error.FFmpegError:
+                yield None
+            if broken is not None:
+                raise broken
+
     def _check_complete(self) -> None:
-        allowed = max(MISSING_FRAMES, MISSING_SHARE * self._promised)
-        if self._next == 0 or self._next < self._promised - allowed:
+        promise = self._promise
+        if self._next == 0:
+            raise SourceError(self._broken("no frame can be decoded"))
+        if self._cut_off:
+            raise SourceError(self._broken("its last frame is cut off"))
+        if promise.packets and self._packets < promise.packets:
             raise SourceError(self._broken("the file ends early"))
+        if promise.end_s and self._end_s is not None and self._end_s < promise.end_s - promise.slack_s:
+            reason = f"the file ends at {self._end_s:.2f} s of {promise.end_s:.2f} s"
+            raise SourceError(self._broken(reason))
 
     def _broken(self, reason: str) -> str:
-        promised = f" of {self._promised}" if self._promised else ""
+        promised = f" of {self._promise.frames}" if self._promise.frames else ""
         return f"{self._path}: the video breaks off after {self._next}{promised} frames ({reason}); copy it again"
 
     def close(self) -> None:
@@ -103,37 +146,42 @@ class VideoSource:
             container.close()
 
 
-def _decode(container: InputContainer, stream: Any) -> Iterator[Any]:
-    """All frames that can be had, None for a packet that cannot be decoded; then the container's error, if any."""
-    import av
+@dataclass(frozen=True)
+class _Promise:
+    """What a container tells of the video's end before it has been read; 0 where it tells nothing."""
 
-    broken: Exception | None = None
-    packets = container.demux(stream)
-    while True:
-        try:
-            packet = next(packets)
-        except StopIteration:
-            return
-        except (av.error.FFmpegError, OSError, ValueError) as error:
-            # The decoder's threads still hold frames.
-            broken, packet = error, None
-        try:
-            yield from stream.codec_context.decode(packet)
-        except av.error.EOFError:
-            return
-        except av.error.FFmpegError:
-            yield None
-        if broken is not None:
-            raise broken
+    packets: int
+    """Exact number."""
+    end_s: float
+    """When the last frame's time is over, on the frames' clock, in seconds."""
+    slack_s: float
+    frames: str
+    """For people."""
+
+    @classmethod
+    def of(cls, container: InputContainer, stream: Any) -> _Promise:
+        rate_hz = float(stream.average_rate or 0)
+        end_s = _promised_end_s(container, stream)
+        # AVI estimates its duration from the file's size, but counts. Elsewhere an edit list may hide counted packets.
+        packets = stream.frames if container.format.name == "avi" else 0
+        slack_s = SLACK_FRAMES / rate_hz if rate_hz else 0.1
+        frames = str(stream.frames or "")
+        if not frames and end_s and rate_hz:
+            start_s = float((stream.start_time or 0) * stream.time_base)
+            frames = f"about {round((end_s - start_s) * rate_hz)}"
+        return cls(packets, 0.0 if packets else end_s, slack_s, frames)
 
 
-def _promised_frames(stream: Any, duration_us: int | None) -> int:
-    """Frames that the header tells of; 0 where it does not."""
-    if stream.frames:
-        return int(stream.frames)
-    if duration_us and stream.average_rate:
-        return int(duration_us / 1e6 * float(stream.average_rate))
-    return 0
+def _promised_end_s(container: InputContainer, stream: Any) -> float:
+    if stream.duration:
+        return float(((stream.start_time or 0) + stream.duration) * stream.time_base)
+    # Matroska has no duration of a stream but in this tag, which its common writers set.
+    tag = re.fullmatch(r"(\d+):(\d\d):(\d\d(?:\.\d+)?)", stream.metadata.get("DURATION", ""), re.ASCII)
+    if tag:
+        return int(tag[1]) * 3600 + int(tag[2]) * 60 + float(tag[3])
+    # Another stream may go on for longer.
+    alone = len(container.streams) == 1
+    return container.duration / 1e6 if alone and container.duration else 0.0
 
 
 def _reason(error: Exception) -> str:
