@@ -14,6 +14,17 @@ from recontrast_edge.spec import InputSpec, Level, ModelSpec, Threshold
 TINY_SIZE = 32
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread() -> None:
+    """The tests' networks are small: one thread is faster than several that spin while they wait for each other."""
+    os.environ.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")
+    try:
+        import torch
+    except ImportError:
+        return
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(scope="session")
 def magnetic_tile() -> Path:
     """The magnetic-tile images in MVTec layout, too large and not ours to ship; skips where they are not."""
