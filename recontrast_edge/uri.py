@@ -7,9 +7,13 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 from collections.abc import Collection
 
 from recontrast_edge.errors import UsageError
+
+# `int` refuses very long numbers with an error of its own.
+_WHOLE = re.compile("[0-9]{1,20}")
 
 
 def parse_options(what: str, query: str, known: Collection[str]) -> dict[str, str]:
@@ -57,7 +61,7 @@ def whole_option(what: str, key: str, text: str, *, low: int, high: int) -> int:
     Raises:
         UsageError: not a whole number, or outside of ``low..high``.
     """
-    if not (text.isascii() and text.isdecimal()) or not low <= int(text) <= high:
+    if not _WHOLE.fullmatch(text) or not low <= int(text) <= high:
         raise UsageError(f"{what}: {key} must be a whole number from {low} to {high}, got {text!r}")
     return int(text)
 
@@ -68,7 +72,7 @@ def size_option(what: str, key: str, text: str) -> tuple[int, int]:
     Raises:
         UsageError: of another form.
     """
-    width, cross, height = text.lower().partition("x")
-    if not (cross and width.isascii() and width.isdecimal() and height.isascii() and height.isdecimal()):
+    width, _, height = text.lower().partition("x")
+    if not (_WHOLE.fullmatch(width) and _WHOLE.fullmatch(height)):
         raise UsageError(f"{what}: {key} must be WIDTHxHEIGHT in pixels, e.g. 256x256, got {text!r}")
     return int(width), int(height)

@@ -20,7 +20,8 @@ class ImageSource:
     """An image file, or the images of a folder and its subfolders.
 
     In a folder a broken image does not end the stream: it becomes a frame without image, for a FAULT. Files that are
-    no images by their suffix are ignored. In an MVTec layout (``test/KIND``, ``train/good``) the truth is known.
+    no images by their suffix are ignored. In an MVTec layout (``test/KIND``, ``train/good``) the truth is known, and
+    the masks in ``ground_truth`` are no frames.
 
     Args:
         path: an image, or a folder with at least one.
@@ -37,7 +38,7 @@ class ImageSource:
         self._next = 0
         if path.is_dir():
             try:
-                self._paths = image_files(path)
+                self._paths = [image for image in image_files(path) if not _is_mask(image.relative_to(path), path)]
             except OSError as error:
                 raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
             if not self._paths:
@@ -67,10 +68,22 @@ class ImageSource:
 
 
 def truth_of(path: Path) -> Truth | None:
-    """What the MVTec layout says: ``test/good`` and ``train/good`` are good, any other ``test/KIND`` is not."""
-    parts = path.absolute().parts
-    if len(parts) < 3 or parts[-3] not in ("train", "test"):
+    """What the MVTec layout says: ``test/good`` and ``train/good`` are good, any other ``test/KIND`` is not.
+
+    A folder called ``test`` makes no layout: only with a ``good`` beside its kinds, or in ``train``, are they believed.
+    """
+    folder = path.absolute().parent
+    subset, root = folder.parent.name, folder.parent.parent
+    if subset not in ("train", "test") or not any((root / part / GOOD).is_dir() for part in ("train", "test")):
         return None
-    if parts[-2] == GOOD:
+    if folder.name == GOOD:
         return "good"
-    return "defect" if parts[-3] == "test" else None
+    return "defect" if subset == "test" else None
+
+
+def _is_mask(relative: Path, root: Path) -> bool:
+    """Whether an image of this folder lies under a ``ground_truth`` with a ``test`` beside it."""
+    parts = relative.parts[:-1]
+    if "ground_truth" not in parts:
+        return False
+    return root.joinpath(*parts[: parts.index("ground_truth")], "test").is_dir()

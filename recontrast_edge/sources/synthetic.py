@@ -1,6 +1,6 @@
 """The procedural line as a source: a camera over parts whose truth is known.
 
-frame = SyntheticSource("brushed-metal?defect_rate=0.1&fps=30").read(timeout_s=1.0)
+frame = SyntheticSource("synthetic://brushed-metal?defect_rate=0.1&fps=30").read(timeout_s=1.0)
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ class SyntheticSource:
     the newest, and the ids tell how many were missed. With ``fps=0`` nothing passes unread.
 
     Args:
-        address: ``PRODUCT?defect_rate=0.1&seed=0&fps=30&size=256x256&frames=N``; the values shown are the defaults,
-            and without ``frames`` it never ends.
+        uri: ``synthetic://PRODUCT?defect_rate=0.1&seed=0&fps=30&size=256x256&frames=N``; the values shown are the
+            defaults, and without ``frames`` it never ends.
 
     Raises:
         UsageError: unknown product or option, or a value out of range.
     """
 
-    def __init__(self, address: str) -> None:
-        self.uri = f"synthetic://{address}"
-        what = f"source {self.uri!r}"
-        product, _, query = address.partition("?")
+    def __init__(self, uri: str) -> None:
+        self.uri = uri
+        what = f"source {uri!r}"
+        product, _, query = uri.removeprefix("synthetic:").removeprefix("//").partition("?")
         options = parse_options(what, query, ("defect_rate", "seed", "fps", "size", "frames"))
         self._fps = number_option(what, "fps", options.get("fps", "30"), low=0.0, high=MAX_FPS)
         self._frames = whole_option(what, "frames", options.get("frames", str(MAX_FRAMES)), low=1, high=MAX_FRAMES)

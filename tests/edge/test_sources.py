@@ -57,6 +57,17 @@ class TestImages:
         write_image(tmp_path / "monday" / "good" / "1.png", 1)
         assert read_all(open_source(str(tmp_path)))[0].truth is None
 
+        write_image(tmp_path / "test" / "images" / "1.png", 1)
+        assert read_all(open_source(str(tmp_path / "test")))[0].truth is None
+
+    def test_masks_are_no_frames(self, tmp_path: Path) -> None:
+        for name in ("bottle/test/dent/1.png", "bottle/ground_truth/dent/1_mask.png", "tile/ground_truth/1.png"):
+            write_image(tmp_path / name, 1)
+        names = [Path(frame.source).relative_to(tmp_path).as_posix() for frame in read_all(open_source(str(tmp_path)))]
+        assert names == ["bottle/test/dent/1.png", "tile/ground_truth/1.png"]
+        # Asked for by name, they are.
+        assert len(read_all(open_source(str(tmp_path / "bottle" / "ground_truth")))) == 1
+
     def test_a_broken_image_in_a_folder_is_a_fault_and_not_the_end(self, tmp_path: Path) -> None:
         for index in range(3):
             write_image(tmp_path / f"{index}.png", index)
@@ -68,15 +79,22 @@ class TestImages:
         assert "1.png" in (frames[1].detail or "")
 
     def test_one_image_by_path_and_by_uri(self, tmp_path: Path) -> None:
-        write_image(tmp_path / "part.png", 7)
-        for uri in (str(tmp_path / "part.png"), f"file://{tmp_path / 'part.png'}"):
+        path = tmp_path / "part: 1%.png"
+        write_image(path, 7)
+        for uri in (str(path), path.as_uri(), path.as_uri().replace("file://", "file://localhost")):
             assert len(read_all(open_source(uri))) == 1
+
+    def test_a_name_that_looks_like_a_scheme(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        write_image(tmp_path / "line:7" / "1.png", 7)
+        monkeypatch.chdir(tmp_path)
+        assert len(read_all(open_source("line:7"))) == 1
 
     def test_what_is_not_there_or_empty_or_broken_is_refused(self, tmp_path: Path) -> None:
         with pytest.raises(InputError, match="no such file"):
             open_source(str(tmp_path / "none.png"))
-        with pytest.raises(InputError, match="no such file"):
-            open_source("")
+        for text in ("", "a\0b", "a" * 5000):
+            with pytest.raises(InputError, match="no such file"):
+                open_source(text)
         with pytest.raises(InputError, match="no images"):
             open_source(str(tmp_path))
         (tmp_path / "empty.png").write_bytes(b"")
@@ -276,7 +294,12 @@ class TestSynthetic:
             ("synthetic://mixed?seed=-1", "seed"),
             ("synthetic://mixed?frames=0", "frames"),
             ("synthetic://mixed?fps=1&fps=2", "once"),
+            ("synthetic://mixed?seed=" + "9" * 5000, "seed"),
+            ("synthetic://mixed?size=" + "9" * 5000 + "x64", "size"),
             ("rtsp://camera/1", "unknown scheme"),
+            ("usb:0", "unknown scheme 'usb'"),
+            ("file:part.png", "ABSOLUTE"),
+            ("file://other/part.png", "ABSOLUTE"),
         ],
     )
     def test_bad_uris_are_refused_by_name(self, uri: str, message: str) -> None:
