@@ -154,6 +154,9 @@ def write_dataset(
         os.umask(umask)
         temporary.chmod(0o777 & ~umask)
         temporary.replace(out)
+    except OutputError as error:
+        # The reader knows the folder by its final name.
+        raise OutputError(str(error).replace(str(temporary), str(out))) from None
     except OSError as error:
         raise OutputError(f"{out}: cannot write ({error.strerror or error})") from None
     finally:

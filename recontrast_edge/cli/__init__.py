@@ -7,6 +7,7 @@ until a command runs.
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import traceback
 
@@ -51,6 +52,8 @@ def main() -> None:
     # Before NumPy is imported. Its matrices are small here: threads of its own gain nothing and, spinning on cores that
     # the engine needs, turned 7 ms of preprocessing into 50 ms, and at worst into 1.2 s, on two busy cores.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    # As Ctrl-C, so that temporary files are removed on the way out.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     _register()
     try:
         app()

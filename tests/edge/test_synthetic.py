@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import re
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import cv2
@@ -115,3 +120,27 @@ class TestDataset:
         with pytest.raises(UsageError, match="at least one"):
             write_dataset(tmp_path / "none", "mixed", n_train=0, n_test_good=0, n_test_defect=0)
         assert sorted(path.name for path in tmp_path.iterdir()) == ["full"]
+
+    def test_a_full_disk_leaves_nothing_and_names_the_folder(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def full(path: Path, image: object) -> None:
+            raise OutputError(f"{path}: cannot write (No space left on device)")
+
+        monkeypatch.setattr("recontrast_edge.synthetic.write_image", full)
+        with pytest.raises(OutputError, match=re.escape(str(tmp_path / "line" / "train"))):
+            write_dataset(tmp_path / "line", "mixed", n_train=1, n_test_good=0, n_test_defect=0)
+        assert not list(tmp_path.iterdir())
+
+    @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+    def test_a_signal_leaves_nothing(self, tmp_path: Path, number: signal.Signals) -> None:
+        command = [sys.executable, "-m", "recontrast_edge", "synth", "--out", str(tmp_path / "line")]
+        process = subprocess.Popen([*command, "--train", "100000", "--size", "32x32"], stderr=subprocess.DEVNULL)
+        deadline_s = time.monotonic() + 60
+        while not any(tmp_path.glob(".line.*/train/good/*.png")):
+            assert process.poll() is None
+            assert time.monotonic() < deadline_s
+            time.sleep(0.02)
+        process.send_signal(number)
+        assert process.wait(30) == 130
+        assert not list(tmp_path.iterdir())
