@@ -84,7 +84,7 @@ class SyntheticLine:
         product: one of ``PRODUCT_NAMES``.
         seed: 0..``MAX_SEED``.
         size_wh: image width and height in pixels, each ``MIN_SIDE``..``MAX_SIDE``. The view is the same at every
-            size: structures and defects grow with the shorter side. 256x256 costs some 5 ms.
+            size: structures and defects grow with the shorter side. 256x256 costs 3 to 10 ms.
         defect_rate: probability that a part is defective, 0..1.
 
     Raises:
