@@ -9,7 +9,6 @@ import typer
 
 from recontrast_edge.cli import app
 from recontrast_edge.errors import EXIT_INTERRUPTED, MissingError
-from recontrast_edge.uri import size_option
 
 
 @app.command("train")
@@ -56,6 +55,8 @@ def train_command(
     ),
 ) -> None:
     """Train a model on images of good parts; evaluate it if there is a test set."""
+    from recontrast_edge.uri import size_option
+
     try:
         import torch  # noqa: F401
 
