@@ -395,7 +395,9 @@ class _BrushedMetal:
         return bgr
 
     def _stain(self, rng: Generator) -> _Float:
-        return _stained(self.bgr, rng, self._grid, absorbed=(1.0, 0.85, 0.65))
+        density, _ = _film(rng, self._grid)
+        stained: _Float = self.bgr * (1.0 - density[:, :, None] * _bgr((1.0, 0.85, 0.65)))
+        return stained
 
 
 class _WovenFabric:
@@ -405,10 +407,11 @@ class _WovenFabric:
 
     _WARP = (150.0, 178.0, 196.0)
     _WEFT = (152.0, 128.0, 98.0)
+    _MATTED = (116.0, 118.0, 113.0)
 
     def __init__(self, rng: Generator, grid: _Grid) -> None:
         self._grid = grid
-        self._pitch = _uniform(rng, 7.8, 8.2)
+        self._pitch = _uniform(rng, 12.7, 13.3)
         tilt = _uniform(rng, -0.025, 0.025)
         course_warp = 0.16 * _smooth_noise(rng, grid, 60.0)
         course_weft = 0.16 * _smooth_noise(rng, grid, 60.0)
@@ -470,7 +473,11 @@ class _WovenFabric:
         return np.where(missing[:, :, None], crossing * shade, self.bgr)
 
     def _stain(self, rng: Generator) -> _Float:
-        return _stained(self.bgr, rng, self._grid, absorbed=(1.0, 0.9, 0.8))
+        # What soaks in also mats the yarns together and fills the gaps between them.
+        density, film = _film(rng, self._grid)
+        matted = self.bgr + (np.float32(0.6) * film)[:, :, None] * (_bgr(self._MATTED) - self.bgr)
+        stained: _Float = matted * (1.0 - density[:, :, None] * _bgr((1.0, 0.9, 0.8)))
+        return stained
 
     def _hole(self, rng: Generator) -> _Float:
         """A tear down to the dark underlay, with a frayed, pale rim."""
@@ -496,15 +503,14 @@ def _blob(rng: Generator, grid: _Grid, *, radius: float, roughness: float) -> _F
     return blob
 
 
-def _stained(bgr: _Float, rng: Generator, grid: _Grid, *, absorbed: tuple[float, float, float]) -> _Float:
-    """A dried drop: an even film with a darker seam, sharp or soft at its outline."""
+def _film(rng: Generator, grid: _Grid) -> tuple[_Float, _Float]:
+    """A dried drop, sharp or soft at its outline: what it absorbs, more at its seam, and where it is; (h, w), 0..1."""
     blob = _blob(rng, grid, radius=_uniform(rng, 9.0, 30.0), roughness=0.4)
     depth = _uniform(rng, 0.22, 0.5)
     film = np.clip(blob * _uniform(rng, 2.5, 8.0), 0.0, 1.0)
     seam = np.clip(1.0 - np.abs(blob - 0.15) * 7.0, 0.0, 1.0)
-    density = np.float32(depth) * (0.8 * film + 0.2 * seam)
-    stained: _Float = bgr * (1.0 - density[:, :, None] * _bgr(absorbed))
-    return stained
+    density: _Float = np.float32(depth) * (0.8 * film + 0.2 * seam)
+    return density, film
 
 
 _PRODUCTS: dict[str, type[_Surface]] = {"brushed-metal": _BrushedMetal, "woven-fabric": _WovenFabric}
