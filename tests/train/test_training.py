@@ -183,6 +183,7 @@ class TestRecipes:
             ({"size_wh": [250, 256]}, "multiples of 32"),
             ({"resize_wh": [128, 128]}, "smaller"),
             ({"lr_encoder": "fast"}, "lr_encoder"),
+            ({"backbone": "resnet19"}, "resnet18"),
         ],
     )
     def test_bad_values_are_named(self, overrides: dict[str, object], message: str) -> None:

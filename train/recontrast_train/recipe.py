@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from recontrast_edge.errors import UsageError
 from recontrast_edge.spec import Fraction, Roi
+from recontrast_train.backbones import BACKBONES
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -65,6 +66,8 @@ class Recipe(BaseModel):
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
+        if self.backbone not in BACKBONES:
+            raise ValueError(f"unknown backbone {self.backbone!r}; there are {', '.join(BACKBONES)}")
         if self.size_wh[0] % 32 or self.size_wh[1] % 32:
             raise ValueError(f"size_wh must be multiples of 32, got {self.size_wh}")
         resize = self.resize_wh
