@@ -28,7 +28,9 @@ Flavor = Literal["tensorrt", "tensorrt-rtx"]
 Precision = Literal["fp32", "fp16", "int8"]
 Head = Literal["map", "features"]
 
-BatchSize = Annotated[int, Field(ge=1, le=1024)]
+MAX_BATCH = 1024
+
+BatchSize = Annotated[int, Field(ge=1, le=MAX_BATCH)]
 Count = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0.0)]
 Text = Annotated[str, Field(min_length=1, max_length=1000)]

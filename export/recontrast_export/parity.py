@@ -171,12 +171,12 @@ def read_images(paths: Sequence[Path]) -> ParitySet:
     good = [sample for sample in samples if sample.is_good]
     others = [sample for sample in samples if not sample.is_good]
     n_others = min(len(others), max(MAX_IMAGES // 2, MAX_IMAGES - len(good)))
-    chosen = _spread(good, MAX_IMAGES - n_others) + _spread(others, n_others)
+    chosen = spread(good, MAX_IMAGES - n_others) + spread(others, n_others)
     images = tuple(ParityImage(sample.path.name, sample.kind, read_image(sample.path)) for sample in chosen)
     return ParitySet(images, f"{len(images)} of {len(samples)} images in {', '.join(map(str, paths))}")
 
 
-def _spread(samples: Sequence[Sample], count: int) -> list[Sample]:
+def spread(samples: Sequence[Sample], count: int) -> list[Sample]:
     count = min(count, len(samples))
     return [samples[index] for index in np.linspace(0, len(samples) - 1, count).round().astype(int)]
 

@@ -8,6 +8,7 @@ from importlib import import_module
 MODULES = (
     "train",
     "export",
+    "build",
     "evaluate",
     "calibrate",
     "run",

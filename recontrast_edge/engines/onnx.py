@@ -37,16 +37,18 @@ class OnnxEngine:
     Args:
         path: the ``.onnx`` file, with the spec in its metadata.
         threads: CPU threads of one inference; None lets ONNX Runtime choose.
+        optimise: let ONNX Runtime rewrite the graph, which is faster. Without, it computes what is written: a reference
+            for other engines, and the only way to run some graphs with Q/DQ in half precision.
 
     Raises:
         ModelError: missing, damaged, not a model of ours, or inputs and outputs that do not fit its spec.
     """
 
-    def __init__(self, path: Path, *, threads: int | None = None) -> None:
+    def __init__(self, path: Path, *, threads: int | None = None, optimise: bool = True) -> None:
         self.path = path
         self.spec = read_spec(path)
         self.sha256 = graph_sha256(path)
-        self._session = self._open(path, threads)
+        self._session = self._open(path, threads, optimise)
         self._outputs = self._check_outputs()
 
     @property
@@ -56,10 +58,12 @@ class OnnxEngine:
         return f"ONNX Runtime {onnxruntime.__version__} (CPU)"
 
     @staticmethod
-    def _open(path: Path, threads: int | None) -> Any:
+    def _open(path: Path, threads: int | None, optimise: bool) -> Any:
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
+        if not optimise:
+            options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         if threads is not None:
             options.intra_op_num_threads = threads
         options.log_severity_level = 4
@@ -92,8 +96,8 @@ class OnnxEngine:
                     names.append(tensor)
         return names
 
-    def infer(self, images: Sequence[Image]) -> Inference:
-        """See ``Engine.infer``."""
+    def infer(self, images: Sequence[Image], *, maps_above: float | None = None) -> Inference:
+        """See ``Engine.infer``. The maps are there anyway, so ``maps_above`` saves nothing and they always come."""
         if self._session is None:
             raise ModelError(f"{self.path}: the engine is closed")
         width, height = self.spec.input.size_wh
@@ -120,7 +124,9 @@ class OnnxEngine:
 
     def _score(self, features: list[Any]) -> tuple[Any, Any]:
         levels = len(self.spec.levels)
-        # In the order of ``_check_outputs``: view, level, then target and reconstruction.
+        # Half-precision graphs give float16, whose squares overflow. In the order of ``_check_outputs``: view, level,
+        # then target and reconstruction.
+        features = [feature.astype(np.float32, copy=False) for feature in features]
         flat = list(zip(features[0::2], features[1::2], strict=True))
         pairs = [flat[view * levels : (view + 1) * levels] for view in range(VIEWS)]
         scoring = self.spec.scoring

@@ -1,0 +1,340 @@
+"""An exported model becomes a TensorRT engine, and appears under its name only if it still finds what it should.
+
+    build_engine(Path("model.onnx"), Path("model.plan"), precision="fp16")
+
+Nothing here needs PyTorch, so that it runs on the device.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import onnx
+import onnxruntime
+
+from recontrast_edge import __version__
+from recontrast_edge.engines import Engine, open_engine
+from recontrast_edge.engines.onnx import OnnxEngine
+from recontrast_edge.errors import MissingError, ModelError, OutputError, UsageError
+from recontrast_edge.images import atomic_write
+from recontrast_edge.plan import (
+    MAX_BATCH,
+    Comparison,
+    Flavor,
+    Parity,
+    PlanInfo,
+    Precision,
+    sidecar_path,
+)
+from recontrast_edge.scoring import MAP_NAME
+from recontrast_edge.spec import ModelSpec
+from recontrast_export.parity import (
+    FP32_TOLERANCE,
+    ParityReport,
+    ParitySet,
+    Tolerance,
+    compare,
+    read_images,
+    synthetic_images,
+)
+from recontrast_export.precision import precision_of, read_calibration_images, to_precision
+from recontrast_export.trt import Built, Library, Network, Progress, Settings, compute_capability, load_library
+
+TOLERANCES: dict[Precision, Tolerance] = {
+    "fp32": FP32_TOLERANCE,
+    # Features rounded to 11 bits move a trained model's map by up to 1 % of its range.
+    "fp16": Tolerance(map_error=2e-2, tie=2e-2),
+    # 8 bits move it by about 10 %. Beyond twice that, what the network finds is no longer what it was trained to find.
+    "int8": Tolerance(map_error=0.2, tie=0.1),
+}
+"""How far an engine may be from the FP32 model."""
+
+LAYERS_FORMAT = "recontrast-edge.layers"
+LAYERS_VERSION = 1
+
+OnParity = Callable[[str, ParityReport, Tolerance], None]
+"""Told what was compared with what, the result, and what is allowed; before it is enforced."""
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """This machine's GPU: its name, and its compute capability such as ``8.7``."""
+
+    name: str
+    compute_capability: str
+
+
+@dataclass(frozen=True)
+class Result:
+    """A written engine.
+
+    Attributes:
+        info: its sidecar.
+        notes: what the user should know, one sentence each.
+    """
+
+    info: PlanInfo
+    notes: tuple[str, ...]
+
+
+def build_engine(
+    model: Path,
+    out: Path,
+    *,
+    precision: Precision = "fp16",
+    flavor: Flavor | Literal["auto"] = "auto",
+    sm: int | None = None,
+    batch: tuple[int, int, int] = (1, 1, 1),
+    workspace_mib: int | None = None,
+    timing_cache: Path | None = None,
+    calibration: Path | None = None,
+    images: Sequence[Path] = (),
+    layers: Path | None = None,
+    detailed: bool = False,
+    progress: Progress | None = None,
+    on_parity: OnParity | None = None,
+) -> Result:
+    """Convert, check, build, check again where a GPU is, write the plan and its sidecar.
+
+    Args:
+        model: ``.onnx`` file of ``recontrast-edge export``.
+        out: ``.plan`` file to write; replaced if it exists, unless a gate refuses.
+        precision: see ``recontrast_export.precision``.
+        flavor: see ``trt.load_library``.
+        sm: architecture to build for, such as 86; None for this machine's GPU or, with RTX, for all that it knows.
+        batch: smallest, optimal and largest batch.
+        workspace_mib: most scratch memory, in MiB; None for all there is.
+        timing_cache: file that keeps kernel times for the next build; None for one beside the plan. Not with RTX.
+        calibration: good images for INT8 scales, see ``precision.read_calibration_images``.
+        images: what to compare on, see ``parity.read_images``; none for the calibration images or, where there are
+            none, synthetic ones.
+        layers: JSON file to write a report of the layers to.
+        detailed: keep names and details of layers in the engine, for profilers.
+        progress: told how calibration and build proceed.
+        on_parity: told each comparison before it is enforced.
+
+    Raises:
+        UsageError: options that do not fit each other, the model or the machine.
+        MissingError: TensorRT, or the GPU that it needs.
+        ModelError: a damaged model, or one that TensorRT does not take.
+        InputError: images that cannot be used.
+        GateError: the engine would not reproduce the model; nothing was written.
+        OutputError: a file cannot be written.
+        KeyboardInterrupt: Ctrl-C; nothing was written.
+    """
+    _check_outputs(model, out, layers)
+    _check_batch(batch)
+    if workspace_mib is not None and workspace_mib < 1:
+        raise UsageError(f"workspace {workspace_mib} MiB: expected at least 1")
+    library = load_library(flavor)
+    if timing_cache is not None and not library.has_timing_cache:
+        raise UsageError(f"--timing-cache has no use with {library.flavor}, which times no kernels; leave it out")
+    with OnnxEngine(model) as reference, _temporary_folder(out) as folder:
+        gpu = _local_gpu(library)
+        library.check_sm(sm, None if gpu is None else gpu.compute_capability)
+        spec = reference.spec.with_threshold(None)
+        source = onnx.load(model)
+        found = precision_of(source)
+        scales = None if calibration is None else read_calibration_images(calibration, spec.input)
+        gate = _Gate(reference, _parity_images(images, calibration, spec), precision, on_parity)
+        converted = to_precision(source, precision, calibration=scales, progress=progress)
+        content = converted.SerializeToString(deterministic=True)
+        network = library.parse(content)
+        graph_parity = None if found == precision else gate.check_graph(content, Path(folder))
+        cache_file = (timing_cache or out.with_name(f"{out.name}.timing")) if library.has_timing_cache else None
+        settings = Settings(
+            batch=batch,
+            image_chw=(3, *spec.input.size_wh[::-1]),
+            sm=sm,
+            workspace_mib=workspace_mib,
+            # The inspector tells nothing about layers without it.
+            detailed=detailed or layers is not None,
+            timing_cache=None if cache_file is None else _read_cache(cache_file),
+        )
+        built = library.build(network, settings, progress)
+        notes = [] if cache_file is None else _keep_cache(cache_file, built)
+        info = PlanInfo(
+            spec=spec,
+            flavor=library.flavor,
+            library_version=library.version,
+            compute_capability=_bound_capability(library, sm, gpu),
+            gpu=None if gpu is None else gpu.name,
+            precision=precision,
+            head="map" if any(output.name == MAP_NAME for output in converted.graph.output) else "features",
+            batch=batch,
+            plan_sha256=hashlib.sha256(built.plan).hexdigest(),
+            onnx=model.name,
+            onnx_sha256=reference.sha256,
+            calibration=None if scales is None else scales.record,
+            parity=Parity(graph=graph_parity, engine=None, note="not run yet"),
+            software={
+                "recontrast-edge": __version__,
+                "onnx": onnx.__version__,
+                "onnxruntime": onnxruntime.__version__,
+                library.flavor: library.version,
+            },
+        )
+        engine_parity, unrun = gate.check_plan(info, built.plan, Path(folder), gpu)
+        compared = "The graph that was built" if graph_parity else "Nothing was converted, so no graph"
+        note = f"{compared} was compared with the source model on ONNX Runtime. "
+        note += f"The engine itself was not run: {unrun}." if unrun else "The engine was run on this machine's GPU."
+        notes.append(note)
+        info = info.model_copy(update={"parity": Parity(graph=graph_parity, engine=engine_parity, note=note)})
+        if layers is not None:
+            _write_layers(layers, info, network, None if gpu is None else library.inspect(built.plan))
+        _write_plan(out, info, built.plan)
+    return Result(info, tuple(notes))
+
+
+class _Gate:
+    """Compares candidates with the source model, and refuses those that are too far from it."""
+
+    def __init__(self, reference: Engine, on: ParitySet, precision: Precision, on_parity: OnParity | None) -> None:
+        self._reference = reference
+        self._on = on
+        self._precision = precision
+        self._on_parity = on_parity
+
+    def check_graph(self, content: bytes, folder: Path) -> Comparison:
+        """Compare the very graph that the parser was given, on ONNX Runtime."""
+        path = folder / "converted.onnx"
+        _write(path, content)
+        # As it is written: optimisations may skip the roundings that are to be measured.
+        with OnnxEngine(path, optimise=False) as engine:
+            return self._check(f"{self._precision} graph on ONNX Runtime", engine)
+
+    def check_plan(
+        self, info: PlanInfo, plan: bytes, folder: Path, gpu: Gpu | None
+    ) -> tuple[Comparison | None, str | None]:
+        """Compare the engine itself where this machine can run it; else why it was not run."""
+        if gpu is None:
+            return None, "this machine has no GPU that is usable from Python"
+        if info.compute_capability not in (None, gpu.compute_capability):
+            return None, f"this machine's GPU has compute capability {gpu.compute_capability}"
+        path = folder / "engine.plan"
+        _write_plan(path, info, plan)
+        try:
+            engine = open_engine(path)
+        except (ModelError, MissingError) as error:
+            # A portable engine need not fit the GPU that happens to be here.
+            if info.compute_capability is None:
+                return None, str(error)
+            raise
+        with engine:
+            return self._check(f"{self._precision} engine on {gpu.name}", engine), None
+
+    def _check(self, what: str, candidate: Engine) -> Comparison:
+        tolerance = TOLERANCES[self._precision]
+        report = compare(self._reference.infer, candidate.infer, self._on)
+        if self._on_parity is not None:
+            self._on_parity(what, report, tolerance)
+        report.enforce(tolerance)
+        return Comparison(
+            images=self._on.source,
+            n_images=len(self._on.images),
+            map_error=float(report.relative_map_errors.max()),
+            score_error=float(report.score_errors.max()),
+            allowed_map_error=tolerance.map_error,
+        )
+
+
+def _check_outputs(model: Path, out: Path, layers: Path | None) -> None:
+    if out.suffix != ".plan":
+        raise UsageError(f"{out}: expected a file name that ends in .plan")
+    if model.suffix != ".onnx":
+        raise UsageError(f"{model}: expected an .onnx file of `recontrast-edge export`")
+    if layers is not None and layers.suffix != ".json":
+        raise UsageError(f"{layers}: expected a file name that ends in .json")
+    if layers is not None and layers.resolve() == sidecar_path(out).resolve():
+        raise UsageError(f"{layers}: is where the plan's own description goes; name another file for --layers")
+    for path in (out, sidecar_path(out), layers):
+        if path is not None and path.is_dir():
+            raise OutputError(f"{path}: a folder is in the way")
+
+
+def _check_batch(batch: tuple[int, int, int]) -> None:
+    if list(batch) != sorted(batch) or not 1 <= batch[0] <= batch[2] <= MAX_BATCH:
+        text = ",".join(map(str, batch))
+        raise UsageError(f"batch {text}: expected 1 <= smallest <= optimal <= largest <= {MAX_BATCH}, such as 1,1,4")
+
+
+def _local_gpu(library: Library) -> Gpu | None:
+    """This machine's GPU; None where there is none and none is needed."""
+    from recontrast_edge.cuda import open_device
+
+    try:
+        with open_device() as device:
+            return Gpu(device.name, ".".join(map(str, device.compute_capability)))
+    except MissingError as error:
+        if library.is_portable:
+            return None
+        raise MissingError(
+            f"{library.flavor} builds for the GPU of this machine, by timing kernels on it: {error}"
+        ) from None
+
+
+def _bound_capability(library: Library, sm: int | None, gpu: Gpu | None) -> str | None:
+    """The compute capability that the plan will be bound to; None for a portable one."""
+    if library.is_portable:
+        return None if sm is None else compute_capability(sm)
+    return None if gpu is None else gpu.compute_capability
+
+
+def _parity_images(images: Sequence[Path], calibration: Path | None, spec: ModelSpec) -> ParitySet:
+    chosen = list(images) or ([calibration] if calibration is not None else [])
+    return read_images(chosen) if chosen else synthetic_images(spec.input)
+
+
+def _temporary_folder(out: Path) -> tempfile.TemporaryDirectory[str]:
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        return tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.")
+    except OSError as error:
+        raise OutputError(f"{out}: cannot write here ({error.strerror or error})") from None
+
+
+def _read_cache(path: Path) -> bytes:
+    """Content of a timing cache; empty where there is none yet or it cannot be read, which a build mends."""
+    try:
+        return path.read_bytes()
+    except OSError:
+        return b""
+
+
+def _keep_cache(path: Path, built: Built) -> list[str]:
+    if built.timing_cache is None:
+        return []
+    _write(path, built.timing_cache)
+    if not built.cache_ignored:
+        return []
+    return [f"{path} was damaged, or of another version or GPU; it was not used, and begun again."]
+
+
+def _write_layers(path: Path, info: PlanInfo, network: Network, engine: Any | None) -> None:
+    report = {
+        "format": LAYERS_FORMAT,
+        "version": LAYERS_VERSION,
+        **info.model_dump(include={"onnx", "onnx_sha256", "plan_sha256", "precision", "flavor", "library_version"}),
+        "network": network.layers(),
+        "engine": engine,
+    }
+    _write(path, (json.dumps(report, indent=1) + "\n").encode())
+
+
+def _write_plan(path: Path, info: PlanInfo, plan: bytes) -> None:
+    """Both files or neither: the plan gets its name, and only then its sidecar, which was written before."""
+    with atomic_write(sidecar_path(path)) as sidecar, atomic_write(path) as file:
+        sidecar.write(info.dumps().encode())
+        sidecar.flush()
+        file.write(plan)
+
+
+def _write(path: Path, content: bytes) -> None:
+    with atomic_write(path) as file:
+        file.write(content)
