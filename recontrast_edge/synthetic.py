@@ -42,7 +42,7 @@ MAX_SEED = 2**32 - 1
 
 VISIBLE = 8
 """Grey levels by which a pixel must differ from the same part without the defect to belong to the mask. The sensor's
-noise reaches 4."""
+noise reaches 2.5."""
 
 _Float = NDArray[np.float32]
 
@@ -215,9 +215,9 @@ def _render(product: str, kind: str, seed: int, stream: Stream, index: int, size
 
 
 def _sensor_noise(rng: Generator, grid: _Grid) -> _Float:
-    """(height, width, 3), triangular, -4..4 grey levels."""
+    """(height, width, 3), triangular, -2.5..2.5 grey levels."""
     dice = rng.integers(0, 256, (2, grid.height, grid.width, 3), dtype=np.uint8).astype(np.float32)
-    noise: _Float = (dice[0] - dice[1]) * np.float32(4.0 / 255.0)
+    noise: _Float = (dice[0] - dice[1]) * np.float32(2.5 / 255.0)
     return noise
 
 
@@ -334,7 +334,7 @@ class _BrushedMetal:
     def _brushing(self, rng: Generator, slope: float) -> _Float:
         grid = self._grid
         # Coarse grooves, hairlines and glints.
-        layers = ((230.0, 4.0, 5.0), (70.0, 1.0, 8.0), (14.0, 1.0, 5.0))
+        layers = ((230.0, 4.0, 4.0), (110.0, 1.0, 5.0), (30.0, 1.0, 2.0))
         drop = grid.x[0] * np.float32(slope / grid.pixel)
         drop = drop - drop.min()
         floor = np.floor(drop)
@@ -395,7 +395,7 @@ class _BrushedMetal:
         return bgr
 
     def _stain(self, rng: Generator) -> _Float:
-        density, _ = _film(rng, self._grid)
+        density, _ = _film(rng, self._grid, radius=_uniform(rng, 9.0, 30.0), depth=_uniform(rng, 0.22, 0.5))
         stained: _Float = self.bgr * (1.0 - density[:, :, None] * _bgr((1.0, 0.85, 0.65)))
         return stained
 
@@ -462,8 +462,8 @@ class _WovenFabric:
         grid = self._grid
         x, y = grid.place(rng)
         column, row = int(x / grid.pixel), int(y / grid.pixel)
-        shade = np.float32(_uniform(rng, 0.35, 0.65))
-        half_length = _uniform(rng, 20.0, 130.0)
+        shade = np.float32(_uniform(rng, 0.25, 0.5))
+        half_length = _uniform(rng, 30.0, 130.0)
         if rng.random() < 0.5:
             missing = (self._warp_index == self._warp_index[row, column]) & (np.abs(grid.y - y) <= half_length)
             crossing = self._weft_lit
@@ -474,8 +474,8 @@ class _WovenFabric:
 
     def _stain(self, rng: Generator) -> _Float:
         # What soaks in also mats the yarns together and fills the gaps between them.
-        density, film = _film(rng, self._grid)
-        matted = self.bgr + (np.float32(0.6) * film)[:, :, None] * (_bgr(self._MATTED) - self.bgr)
+        density, film = _film(rng, self._grid, radius=_uniform(rng, 13.0, 30.0), depth=_uniform(rng, 0.35, 0.6))
+        matted = self.bgr + (np.float32(0.8) * film)[:, :, None] * (_bgr(self._MATTED) - self.bgr)
         stained: _Float = matted * (1.0 - density[:, :, None] * _bgr((1.0, 0.9, 0.8)))
         return stained
 
@@ -503,10 +503,9 @@ def _blob(rng: Generator, grid: _Grid, *, radius: float, roughness: float) -> _F
     return blob
 
 
-def _film(rng: Generator, grid: _Grid) -> tuple[_Float, _Float]:
+def _film(rng: Generator, grid: _Grid, *, radius: float, depth: float) -> tuple[_Float, _Float]:
     """A dried drop, sharp or soft at its outline: what it absorbs, more at its seam, and where it is; (h, w), 0..1."""
-    blob = _blob(rng, grid, radius=_uniform(rng, 9.0, 30.0), roughness=0.4)
-    depth = _uniform(rng, 0.22, 0.5)
+    blob = _blob(rng, grid, radius=radius, roughness=0.4)
     film = np.clip(blob * _uniform(rng, 2.5, 8.0), 0.0, 1.0)
     seam = np.clip(1.0 - np.abs(blob - 0.15) * 7.0, 0.0, 1.0)
     density: _Float = np.float32(depth) * (0.8 * film + 0.2 * seam)
