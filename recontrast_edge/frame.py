@@ -127,7 +127,10 @@ class Source(Protocol):
 
 
 class Sink(Protocol):
-    """Takes judgements, in order, from one thread."""
+    """Takes judgements, in order, from one thread.
+
+    A sink with ``needs_maps = False`` gets the maps of rejects, and other maps only where they cost nothing.
+    """
 
     uri: str
 

@@ -299,6 +299,8 @@ class Pipeline:
         self.errors: list[Exception] = []
         self.outputs: list[dict[str, Any]] = []
         self._sinks = sinks
+        # A map costs a copy from the GPU. The verdict itself needs it for the regions of rejects.
+        self._maps_above = None if any(getattr(sink, "needs_maps", True) for sink in sinks) else threshold
         self._max_frames = max_frames
         self._stop = stop or threading.Event()
         every = self.mode == "every"
@@ -446,7 +448,7 @@ class Pipeline:
             judgement = fault(frame, Fault.DEADLINE_MISSED, "it was over before the frame's turn came", self.threshold)
         else:
             try:
-                inference = self.engine.infer([frame.image])
+                inference = self.engine.infer([frame.image], maps_above=self._maps_above)
             except InputError as error:
                 judgement = fault(frame, Fault.INVALID_IMAGE, str(error), self.threshold)
             except ModelError as error:

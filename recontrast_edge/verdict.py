@@ -81,14 +81,17 @@ def judge(frame: Frame, inference: Inference, threshold: float, input_spec: Inpu
 
     Args:
         frame: the frame that was inferred, with its image.
-        inference: maps (1, height, width) and scores (1,).
+        inference: maps (1, height, width) and scores (1,); without maps where they were not wanted above ``threshold``.
         threshold: REJECT above it.
         input_spec: where the map lies in the image.
     """
-    anomaly_map, score = inference.maps[0], float(inference.scores[0])
-    if not (math.isfinite(score) and bool(np.isfinite(anomaly_map).all())):
+    anomaly_map = inference.maps[0] if len(inference.maps) else None
+    score = float(inference.scores[0])
+    if not (math.isfinite(score) and (anomaly_map is None or bool(np.isfinite(anomaly_map).all()))):
         return fault(frame, Fault.NON_FINITE_SCORE, "score or anomaly map are not finite", threshold)
     if score > threshold:
+        if anomaly_map is None:
+            return fault(frame, Fault.INFERENCE_FAILED, "the engine left out the map of a reject", threshold)
         found = regions(frame, anomaly_map, threshold, input_spec)
         return Judgement(frame, "REJECT", score, threshold, regions=found, map=anomaly_map)
     return Judgement(frame, "PASS", score, threshold, map=anomaly_map)

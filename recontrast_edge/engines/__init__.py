@@ -31,7 +31,8 @@ class Inference:
     """What an engine found in a batch.
 
     Attributes:
-        maps: (N, height, width) float32 anomaly maps at the network's size.
+        maps: (N, height, width) float32 anomaly maps at the network's size; (0, height, width) where the engine was
+            told that nobody wants them.
         scores: (N,) float32 image scores.
         stage_ms: milliseconds a stage for the whole batch, e.g. ``preprocess`` and ``infer``.
     """
@@ -54,10 +55,14 @@ class Engine(Protocol):
         """Library, version and device, for people."""
         ...
 
-    def infer(self, images: Sequence[Image]) -> Inference:
+    def infer(self, images: Sequence[Image], *, maps_above: float | None = None) -> Inference:
         """Judge a batch of images (uint8, (H, W) mono or (H, W, 3) BGR; sizes may differ).
 
         The same image gives the same numbers whatever the batch it is in.
+
+        Args:
+            maps_above: the maps are wanted only if a score is above this, or not a number; the engine may then leave
+                them out. None: they are wanted.
 
         Raises:
             InputError: an image of the wrong form, or an ROI outside of it.
@@ -89,7 +94,9 @@ def engine_path(engine: str | Path) -> Path:
             return path
     path = Path(engine)
     if not path.exists():
-        raise ModelError(f"{path}: no such model file; expected an .onnx file, or `{DEMO}` for the packaged model")
+        raise ModelError(
+            f"{path}: no such model file; expected an .onnx file or a .plan file, or `{DEMO}` for the packaged model"
+        )
     return path
 
 
@@ -97,15 +104,20 @@ def open_engine(engine: str | Path, *, threads: int | None = None) -> Engine:
     """Open a model with the engine that its file asks for.
 
     Args:
-        engine: path of an ``.onnx`` file, or ``demo``.
-        threads: CPU threads; None for the number of physical cores.
+        engine: path of an ``.onnx`` file (ONNX Runtime on the CPU) or a ``.plan`` file (TensorRT), or ``demo``.
+        threads: CPU threads of ONNX Runtime; None for the number of physical cores.
 
     Raises:
-        ModelError: missing, damaged, not a model of ours, or of a kind this machine has no engine for.
+        ModelError: missing, damaged, not a model of ours, or built for another machine.
+        MissingError: a library, a driver or a GPU is missing.
     """
     path = engine_path(engine)
     if path.suffix == ".onnx":
         from recontrast_edge.engines.onnx import OnnxEngine
 
         return OnnxEngine(path, threads=threads)
-    raise ModelError(f"{path}: expected an .onnx file, got {path.suffix or 'a file without suffix'!r}")
+    if path.suffix == ".plan":
+        from recontrast_edge.engines.tensorrt import TensorRtEngine
+
+        return TensorRtEngine(path)
+    raise ModelError(f"{path}: expected an .onnx file or a .plan file, got {path.suffix or 'a file without suffix'!r}")

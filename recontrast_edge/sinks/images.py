@@ -32,6 +32,7 @@ class ImagesSink:
 
     def __init__(self, folder: Path, input_spec: InputSpec, *, every: bool) -> None:
         self.uri = f"images:{folder}"
+        self.needs_maps = every
         self._folder = folder
         self._input_spec = input_spec
         self._every = every

@@ -27,6 +27,8 @@ class JsonlSink:
         OutputError: the file cannot be opened.
     """
 
+    needs_maps = False
+
     def __init__(self, path: Path | None) -> None:
         self.uri = f"jsonl:{'-' if path is None else path}"
         self._path = path

@@ -41,6 +41,7 @@ class TerminalView:
     """
 
     uri = "terminal"
+    needs_maps = False
 
     def __init__(self, statistics: Statistics, *, title: str, to_stderr: bool) -> None:
         self._statistics = statistics

@@ -101,7 +101,8 @@ class Wrapped:
         self._before = before
         self.spec, self.path, self.name, self.sha256 = engine.spec, engine.path, engine.name, engine.sha256
 
-    def infer(self, images) -> Inference:
+    def infer(self, images, *, maps_above=None) -> Inference:
+        self.maps_above = maps_above
         self._before()
         return self._engine.infer(images)
 
@@ -132,6 +133,18 @@ def test_every_frame_is_judged_in_order(engine) -> None:
         "defect": {"PASS": 0, "REJECT": 10, "FAULT": 0},
     }
     assert sink.taken[0].score == pytest.approx(200 / 255)
+
+
+@pytest.mark.parametrize(("needs", "maps_above"), [([], THRESHOLD), ([False, False], THRESHOLD), ([False, True], None)])
+def test_maps_of_good_parts_are_asked_for_only_where_a_sink_needs_them(engine, needs, maps_above) -> None:
+    sinks = [FakeSink() for _ in needs]
+    for sink, needs_maps in zip(sinks, needs, strict=True):
+        sink.needs_maps = needs_maps
+    wrapped = Wrapped(engine, lambda: None)
+    run(wrapped, FakeSource(frames(1)), *sinks)
+    assert wrapped.maps_above == maps_above
+    run(wrapped, FakeSource(frames(1)), FakeSink())
+    assert wrapped.maps_above is None, "a sink that does not say needs them"
 
 
 def test_latency_stages_add_up_to_the_total(engine) -> None:

@@ -119,3 +119,12 @@ class TestThreshold:
 def test_a_judgement_cannot_be_changed() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         judged(flat()).verdict = "PASS"  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(("score", "verdict"), [(0.5, "PASS"), (math.nan, "FAULT"), (0.6, "FAULT")])
+def test_without_a_map_only_a_pass_can_come_of_it(score: float, verdict: str) -> None:
+    """An engine leaves the map out only up to the threshold; regions of a reject need it."""
+    inference = Inference(np.empty((0, 32, 64), np.float32), np.array([score], np.float32), {})
+    judgement = judge(frame_of(), inference, 0.5, PLAIN)
+    assert judgement.verdict == verdict
+    assert judgement.map is None

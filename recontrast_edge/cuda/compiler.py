@@ -1,0 +1,189 @@
+"""The kernels as machine code of one GPU: compiled where no packaged image fits, and kept on disk.
+
+    image = compiled_kernels((8, 7))  # a cubin for sm_87
+
+NVRTC compiles (it comes with the CUDA toolkit and as the package nvidia-cuda-nvrtc), or nvcc where there is no NVRTC.
+Images are kept in ``$XDG_CACHE_HOME/recontrast-edge/kernels`` (``~/.cache`` by default), named after the digest of the
+sources, architecture and compiler, so that nothing stale is ever taken.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+from importlib.resources import as_file, files
+from pathlib import Path
+from typing import Any, Protocol
+
+from recontrast_edge.errors import MissingError, ModelError, OutputError
+from recontrast_edge.images import atomic_write
+from recontrast_edge.kernels import SOURCE
+
+_log = logging.getLogger(__name__)
+
+_CUBIN_MAGIC = b"\x7fELF"
+
+
+class Compiler(Protocol):
+    """Compiles CUDA C++ to a cubin."""
+
+    name: str
+    """With its version."""
+
+    def compile(self, source: Path, architecture: str) -> bytes:
+        """Compile a file, which includes others of its folder, for e.g. ``sm_87``.
+
+        Raises:
+            ModelError: with the compiler's message.
+        """
+        ...
+
+
+class Nvrtc:
+    """NVRTC through cuda-bindings.
+
+    Raises:
+        MissingError: cuda-bindings or NVRTC is missing.
+    """
+
+    def __init__(self) -> None:
+        try:
+            from cuda.bindings import nvrtc
+        except ImportError as error:
+            raise MissingError(f"cuda-bindings cannot be imported ({error})") from None
+        self._nvrtc = nvrtc
+        try:
+            major, minor = self._call("nvrtcVersion")
+        except RuntimeError as error:
+            # The binding looks for the library at the first call.
+            raise MissingError(f"NVRTC is missing ({str(error).strip().splitlines()[0]})") from None
+        self.name = f"NVRTC {major}.{minor}"
+
+    def _call(self, function: str, *arguments: Any) -> Any:
+        code, *results = getattr(self._nvrtc, function)(*arguments)
+        if code != self._nvrtc.nvrtcResult.NVRTC_SUCCESS:
+            raise ModelError(f"{function} failed: {code.name}")
+        return results[0] if len(results) == 1 else tuple(results)
+
+    def compile(self, source: Path, architecture: str) -> bytes:
+        """See ``Compiler.compile``."""
+        options = [f"-arch={architecture}".encode(), b"-std=c++17", f"-I{source.parent}".encode()]
+        program = self._call("nvrtcCreateProgram", source.read_bytes(), source.name.encode(), 0, None, None)
+        try:
+            code, *_ = self._nvrtc.nvrtcCompileProgram(program, len(options), options)
+            if code != self._nvrtc.nvrtcResult.NVRTC_SUCCESS:
+                log = b" " * self._call("nvrtcGetProgramLogSize", program)
+                self._call("nvrtcGetProgramLog", program, log)
+                raise _not_compiled(self.name, architecture, log.rstrip(b"\0 ").decode(errors="replace") or code.name)
+            image: bytes = b" " * self._call("nvrtcGetCUBINSize", program)
+            self._call("nvrtcGetCUBIN", program, image)
+            return image
+        finally:
+            self._nvrtc.nvrtcDestroyProgram(program)
+
+
+class Nvcc:
+    """nvcc, as a program.
+
+    Raises:
+        MissingError: there is none.
+    """
+
+    def __init__(self) -> None:
+        homes = [os.environ.get(name) for name in ("CUDA_HOME", "CUDA_PATH")]
+        folders = [str(Path(home) / "bin") for home in (*homes, "/usr/local/cuda") if home]
+        program = shutil.which("nvcc") or shutil.which("nvcc", path=os.pathsep.join(folders))
+        if program is None:
+            raise MissingError("nvcc is missing")
+        self._program = program
+        version = re.search(r"V(\d+\.\d+\.\d+)", self._run("--version"))
+        self.name = f"nvcc {version[1] if version else 'of unknown version'}"
+
+    def _run(self, *arguments: str) -> str:
+        try:
+            done = subprocess.run([self._program, *arguments], capture_output=True, text=True)
+        except OSError as error:
+            raise MissingError(f"nvcc does not start ({error})") from None
+        if done.returncode:
+            raise ModelError((done.stderr or done.stdout).strip() or f"nvcc ended with {done.returncode}")
+        return done.stdout
+
+    def compile(self, source: Path, architecture: str) -> bytes:
+        """See ``Compiler.compile``."""
+        with tempfile.TemporaryDirectory() as folder:
+            output = Path(folder) / "kernels.cubin"
+            try:
+                self._run("-cubin", f"-arch={architecture}", "-std=c++17", "-o", str(output), str(source))
+            except ModelError as error:
+                raise _not_compiled(self.name, architecture, str(error)) from None
+            return output.read_bytes()
+
+
+def _not_compiled(compiler: str, architecture: str, log: str) -> ModelError:
+    lines = [line for line in log.splitlines() if line.strip()]
+    return ModelError(
+        f"{compiler} cannot compile the CUDA kernels for {architecture}: {' / '.join(lines[:3])[:500]}; a GPU newer "
+        "than the compiler needs a newer CUDA toolkit"
+    )
+
+
+def find_compiler() -> Compiler:
+    """NVRTC, else nvcc.
+
+    Raises:
+        MissingError: neither is there.
+    """
+    try:
+        return Nvrtc()
+    except MissingError as no_nvrtc:
+        try:
+            return Nvcc()
+        except MissingError as no_nvcc:
+            raise MissingError(
+                f"the CUDA kernels have to be compiled for this GPU, but there is no compiler: {no_nvrtc}; {no_nvcc}. "
+                "Install one: pip install nvidia-cuda-nvrtc (of the driver's CUDA version or older), or a CUDA toolkit"
+            ) from None
+
+
+def cache_folder() -> Path:
+    """Where compiled kernels are kept."""
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    # The XDG rule: a relative path is to be ignored.
+    return (Path(base) if Path(base).is_absolute() else Path.home() / ".cache") / "recontrast-edge" / "kernels"
+
+
+def compiled_kernels(compute_capability: tuple[int, int]) -> bytes:
+    """The kernels for a GPU, from the cache or compiled now.
+
+    Raises:
+        MissingError: they have to be compiled and no compiler is there.
+        ModelError: they cannot be compiled for this GPU.
+    """
+    architecture = "sm_{}{}".format(*compute_capability)
+    compiler = find_compiler()
+    with as_file(files("recontrast_edge.kernels") / SOURCE) as source:
+        digest = hashlib.sha256(f"{architecture}\0{compiler.name}".encode())
+        for path in sorted([*source.parent.glob("*.cu"), *source.parent.glob("*.cuh")]):
+            content = path.read_bytes()
+            digest.update(f"\0{path.name}\0{len(content)}\0".encode())
+            digest.update(content)
+        cached = cache_folder() / f"{architecture}-{digest.hexdigest()[:32]}.cubin"
+        try:
+            image = cached.read_bytes()
+            # Files are renamed into place when complete; this guards against what a crashed disk leaves.
+            if image.startswith(_CUBIN_MAGIC):
+                return image
+        except OSError:
+            pass
+        image = compiler.compile(source, architecture)
+    try:
+        with atomic_write(cached) as file:
+            file.write(image)
+    except OutputError as error:
+        _log.warning("compiled kernels cannot be kept, they are compiled again next time: %s", error)
+    return image

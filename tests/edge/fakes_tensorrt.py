@@ -1,0 +1,227 @@
+"""A TensorRT that records its calls and runs a network given as a NumPy function; for tests without a GPU.
+
+    library = FakeTensorRt(driver, features_network(spec)); monkeypatch.setitem(sys.modules, "tensorrt", library)
+
+It queues its work on the streams of a ``FakeDriver``, within captures too, and insists on what TensorRT demands: shapes
+and addresses set before the first enqueue, contexts gone before their engine.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Mapping
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from recontrast_edge.scoring import (
+    INPUT_NAME,
+    MAP_NAME,
+    SCORE_NAME,
+    VIEWS,
+    fold_maps,
+    image_scores,
+    level_distances,
+    reconstruction_name,
+    target_name,
+)
+from recontrast_edge.spec import ModelSpec
+from tests.edge.fakes_cuda import FakeDriver
+
+Tensors = dict[str, NDArray[Any]]
+Network = Callable[[NDArray[Any]], Tensors]
+"""(N, 3, H, W) -> outputs by name."""
+
+PLAN = b"a plan of the fake"
+
+
+def pooled(image: NDArray[Any], stride: int) -> NDArray[Any]:
+    n, channels, height, width = image.shape
+    blocks = image.reshape(n, channels, height // stride, stride, width // stride, stride)
+    return blocks.astype(np.float64).mean(axis=(3, 5))
+
+
+def features_network(spec: ModelSpec, dtype: type = np.float16) -> Network:
+    """Feature pairs that differ where the image is bright; every level has 3 channels."""
+
+    def network(image: NDArray[Any]) -> Tensors:
+        tensors: Tensors = {}
+        for index, level in enumerate(spec.levels):
+            target = pooled(image, level.stride)
+            for view in range(VIEWS):
+                bent = target[:, ::-1] * (1 + view) + np.roll(target, 1, axis=3)
+                tensors[target_name(view, index)] = target.astype(dtype)
+                tensors[reconstruction_name(view, index)] = bent.astype(dtype)
+        return tensors
+
+    return network
+
+
+def judged(spec: ModelSpec, tensors: Mapping[str, NDArray[Any]]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Maps (N, H, W) and scores (N,) of feature pairs by the oracle, in float64."""
+
+    def tensor(name: str) -> NDArray[np.float64]:
+        return tensors[name].astype(np.float64)
+
+    pairs = [
+        [(tensor(target_name(v, i)), tensor(reconstruction_name(v, i))) for i in range(len(spec.levels))]
+        for v in range(VIEWS)
+    ]
+    maps = fold_maps(level_distances(pairs), spec.input.size_wh, spec.scoring.blur_sigma)
+    return maps.astype(np.float32), image_scores(maps, spec.scoring).astype(np.float32)
+
+
+def map_network(spec: ModelSpec) -> Network:
+    """The same with map and score in the graph."""
+    features = features_network(spec, np.float32)
+
+    def network(image: NDArray[Any]) -> Tensors:
+        maps, scores = judged(spec, features(image))
+        return {MAP_NAME: maps[:, None], SCORE_NAME: scores}
+
+    return network
+
+
+class FakeTensorRt(ModuleType):
+    """See the module.
+
+    Attributes:
+        calls: names of the calls that matter, in order.
+        fail: names of calls that report failure the way TensorRT does: False or None.
+        capturable: whether work may be captured; if not, the enqueue reports failure as TensorRT does.
+        contexts_alive: execution contexts that were not destroyed yet.
+    """
+
+    __version__ = "10.3.0"
+
+    TensorIOMode = SimpleNamespace(INPUT="INPUT", OUTPUT="OUTPUT")
+    DataType = SimpleNamespace(FLOAT="FLOAT", HALF="HALF", BF16="BF16")
+    TensorFormat = SimpleNamespace(LINEAR="LINEAR", HWC8="HWC8")
+
+    class ILogger:
+        ERROR, INTERNAL_ERROR, WARNING, INFO = "ERROR", "INTERNAL_ERROR", "WARNING", "INFO"
+
+    def __init__(
+        self, driver: FakeDriver, network: Network, image_chw: tuple[int, int, int], *, batch: tuple[int, int] = (1, 4)
+    ) -> None:
+        super().__init__("tensorrt")
+        self.driver = driver
+        self.network = network
+        self.batch = batch
+        self.image_chw = image_chw
+        self.calls: list[str] = []
+        self.fail: set[str] = set()
+        self.capturable = True
+        self.contexts_alive = 0
+        self.input_dtype: Any = np.float32
+        self.tensor_format = "LINEAR"
+        self.outputs = self.network(np.zeros((1, *image_chw)))
+
+    def Runtime(self, logger: Any) -> Any:  # noqa: N802
+        if "Runtime" in self.fail:
+            raise TypeError("pybind11::init(): factory function returned nullptr")
+
+        def deserialize(plan: bytes) -> Any:
+            self.calls.append("deserialize_cuda_engine")
+            assert plan == PLAN
+            if "deserialize_cuda_engine" in self.fail:
+                logger.log(self.ILogger.ERROR, "the version tag does not match")
+                return None
+            return FakeEngine(self, logger)
+
+        return SimpleNamespace(deserialize_cuda_engine=deserialize)
+
+
+class FakeEngine:
+    def __init__(self, library: FakeTensorRt, logger: Any) -> None:
+        self.library = library
+        self.logger = logger
+        self.names = [INPUT_NAME, *library.outputs]
+        self.num_io_tensors = len(self.names)
+
+    def __del__(self) -> None:
+        assert self.library.contexts_alive == 0, "an engine was destroyed before its contexts"
+
+    def get_tensor_name(self, index: int) -> str:
+        return self.names[index]
+
+    def get_tensor_mode(self, name: str) -> str:
+        return "INPUT" if name == INPUT_NAME else "OUTPUT"
+
+    def get_tensor_shape(self, name: str) -> tuple[int, ...]:
+        tail = self.library.image_chw if name == INPUT_NAME else self.library.outputs[name].shape[1:]
+        return (-1, *tail)
+
+    def get_tensor_format(self, name: str) -> str:
+        return self.library.tensor_format
+
+    def get_tensor_dtype(self, name: str) -> str:
+        dtype = np.dtype(self.library.input_dtype if name == INPUT_NAME else self.library.outputs[name].dtype)
+        return {"float32": "FLOAT", "float16": "HALF"}.get(dtype.name, "BF16")
+
+    def get_tensor_profile_shape(self, name: str, profile: int) -> list[tuple[int, ...]]:
+        assert (name, profile) == (INPUT_NAME, 0)
+        low, high = self.library.batch
+        return [(batch, *self.library.image_chw) for batch in (low, low, high)]
+
+    def create_execution_context(self) -> Any:
+        self.library.calls.append("create_execution_context")
+        if "create_execution_context" in self.library.fail:
+            return None
+        return FakeContext(self)
+
+
+class FakeContext:
+    def __init__(self, engine: FakeEngine) -> None:
+        self.engine = engine
+        self.library = engine.library
+        self.library.contexts_alive += 1
+        self.addresses: dict[str, int] = {}
+        self.batch: int | None = None
+        self.enqueued_shapes: set[int] = set()
+
+    def __del__(self) -> None:
+        self.library.contexts_alive -= 1
+
+    def set_tensor_address(self, name: str, pointer: int) -> bool:
+        self.addresses[name] = pointer
+        return "set_tensor_address" not in self.library.fail
+
+    def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
+        low, high = self.library.batch
+        assert name == INPUT_NAME
+        assert tuple(shape[1:]) == self.library.image_chw
+        assert low <= shape[0] <= high, f"batch {shape[0]} is outside of the profile"
+        self.library.calls.append("set_input_shape")
+        self.batch = shape[0]
+        return "set_input_shape" not in self.library.fail
+
+    def execute_async_v3(self, stream: int) -> bool:
+        library = self.library
+        library.calls.append("execute_async_v3")
+        assert self.batch is not None
+        assert set(self.addresses) == set(self.engine.names)
+        capturing = library.driver.is_capturing(stream)
+        if capturing:
+            assert self.batch in self.enqueued_shapes, "captured before the first enqueue of this shape"
+        if "execute_async_v3" in library.fail or (capturing and not library.capturable):
+            self.engine.logger.log(library.ILogger.ERROR, "enqueue failed\nwith details")
+            return False
+        self.enqueued_shapes.add(self.batch)
+        batch = self.batch
+
+        def run() -> None:
+            image = _array(self.addresses[INPUT_NAME], (batch, *library.image_chw), library.input_dtype)
+            for name, found in library.network(image).items():
+                assert found.shape[0] == batch
+                np.copyto(_array(self.addresses[name], found.shape, found.dtype), found)
+
+        library.driver.enqueue(stream, run)
+        return True
+
+
+def _array(pointer: int, shape: tuple[int, ...], dtype: Any) -> NDArray[Any]:
+    count = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    return np.ctypeslib.as_array((ctypes.c_uint8 * count).from_address(pointer)).view(dtype).reshape(shape)

@@ -1,0 +1,253 @@
+"""The CUDA layer: every return code, closing, graphs, the compiler and its cache; and the names of the real bindings.
+
+python -m pytest tests/edge/test_cuda.py
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import recontrast_edge
+from recontrast_edge.cuda import CudaError, Device, compiler, cuda_bindings, open_device
+from recontrast_edge.errors import MissingError, ModelError
+from recontrast_edge.kernels import launcher
+from tests.edge.fakes_cuda import CUresult, FakeDriver
+
+PACKAGE = Path(recontrast_edge.__file__).parent
+
+
+@pytest.fixture
+def driver(monkeypatch: pytest.MonkeyPatch) -> FakeDriver:
+    fake = FakeDriver()
+    monkeypatch.setattr(cuda_bindings, "_import_driver", lambda: fake)
+    return fake
+
+
+@pytest.fixture
+def device(driver: FakeDriver) -> Iterator[Device]:
+    with open_device(binding="cuda-bindings") as opened:
+        yield opened
+    assert driver.live == {}
+
+
+def test_the_gpu_introduces_itself(device: Device) -> None:
+    assert (device.name, device.compute_capability, device.multiprocessors) == ("Fake GPU", (8, 7), 16)
+    with device.current():
+        assert device.memory_info() == (1 << 30, 2 << 30)
+
+
+def test_an_error_names_call_and_reason(device: Device, driver: FakeDriver) -> None:
+    driver.failures["cuMemAlloc"] = CUresult.CUDA_ERROR_OUT_OF_MEMORY
+    with device.current(), pytest.raises(CudaError) as caught:
+        device.allocate(10)
+    assert (caught.value.call, caught.value.code) == ("cuMemAlloc", "CUDA_ERROR_OUT_OF_MEMORY")
+    assert str(caught.value) == "the GPU failed in cuMemAlloc: out of memory (CUDA_ERROR_OUT_OF_MEMORY)"
+    assert isinstance(caught.value, ModelError), "so that a frame it happens to becomes a FAULT"
+
+
+def test_an_error_without_a_text_is_still_one(device: Device, driver: FakeDriver) -> None:
+    driver.failures.update(
+        cuMemAlloc=CUresult.CUDA_ERROR_OUT_OF_MEMORY, cuGetErrorString=CUresult.CUDA_ERROR_INVALID_VALUE
+    )
+    with device.current(), pytest.raises(CudaError, match="unknown error"):
+        device.allocate(10)
+
+
+def test_a_graph_that_cannot_be_updated_is_made_again(device: Device, driver: FakeDriver) -> None:
+    with device.current():
+        stream, memory = device.stream(), device.allocate(8)
+        host = device.allocate_pinned(8).array
+
+        def captured(values: list[int], previous=None):
+            with stream.capture() as capture:
+                for value in values:
+                    stream._device._binding.zero(memory.pointer + value, 1, stream._handle)
+                stream.copy_to_host(host, memory.pointer)
+            return capture.graph(previous)
+
+        first = captured([0])
+        same = captured([1], first)
+        assert same is first
+        other = captured([0, 2], first)
+        assert other is not first
+        other.launch(stream)
+        stream.synchronize()
+        np.testing.assert_array_equal(host, [0, 255, 0, 255, 255, 255, 255, 255])
+        driver.failures["cuGraphExecUpdate"] = CUresult.CUDA_ERROR_ILLEGAL_ADDRESS
+        with pytest.raises(CudaError, match="cuGraphExecUpdate"):
+            captured([1, 2], other)
+    assert list(driver.live.values()).count("graph") == 0
+
+
+def test_a_broken_capture_leaves_the_stream_usable(device: Device, driver: FakeDriver) -> None:
+    with device.current():
+        stream, memory = device.stream(), device.allocate(8)
+        driver.failures["cuMemsetD8Async"] = CUresult.CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED
+        with pytest.raises(CudaError, match="capture unsupported"), stream.capture():
+            stream.zero(memory.pointer, 8)
+        stream.synchronize()
+        assert list(driver.live.values()).count("graph") == 0
+
+
+@pytest.mark.parametrize("function", ["cuInit", "cuDeviceGetCount"])
+def test_no_gpu(driver: FakeDriver, function: str) -> None:
+    driver.failures[function] = CUresult.CUDA_ERROR_NO_DEVICE
+    with pytest.raises(MissingError, match=rf"no NVIDIA GPU can be used here .*{function}: no device"):
+        open_device(binding="cuda-bindings")
+
+
+def test_a_gpu_that_is_not_there(driver: FakeDriver) -> None:
+    with pytest.raises(MissingError, match="expected GPU 3, this machine has 1"):
+        open_device(3, binding="cuda-bindings")
+
+
+def test_no_driver(driver: FakeDriver, monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(_flags: int) -> None:
+        raise RuntimeError("libcuda.so.1 not found\nlong story")
+
+    monkeypatch.setattr(driver, "cuInit", missing)
+    with pytest.raises(MissingError, match=r"driver is missing \(libcuda.so.1 not found\)"):
+        open_device(binding="cuda-bindings")
+
+
+@pytest.mark.parametrize("name", ["cuda-bindings", "pycuda"])
+def test_a_binding_that_is_not_installed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("cuda", "cuda.bindings", "pycuda"):
+        monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(MissingError, match=r"cannot be imported.*recontrast-edge\["):
+        open_device(binding=name)  # type: ignore[arg-type]
+
+
+def test_no_binding_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("recontrast_edge.cuda.find_spec", lambda _name: None)
+    with pytest.raises(MissingError, match=r"found none; install one: pip install 'recontrast-edge\[gpu\]'"):
+        open_device()
+
+
+def test_only_this_package_imports_a_cuda_binding() -> None:
+    wrong = []
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            if {name.split(".")[0] for name in names} & {"cuda", "pycuda", "cupy"} and path.parent != PACKAGE / "cuda":
+                wrong.append(f"{path}:{node.lineno}")
+    assert not wrong
+
+
+def test_every_name_exists_in_the_real_binding() -> None:
+    """The fake must not make up functions; needs no driver."""
+    driver = pytest.importorskip("cuda.bindings.driver", reason="cuda-bindings tells which names there are")
+    source = (PACKAGE / "cuda" / "cuda_bindings.py").read_text()
+    functions = set(re.findall(r'"(cu[A-Z]\w+)"', source)) | set(re.findall(r"_driver\.(cu[A-Z]\w+)", source))
+    assert len(functions) > 30
+    assert not [name for name in functions if not hasattr(driver, name)]
+    assert functions <= {name for name in dir(FakeDriver) if name.startswith("cu")}
+    for kind, member in re.findall(r"_driver\.(CU\w+)\.(CU\w+)", source):
+        assert hasattr(getattr(driver, kind), member), (kind, member)
+    for flag in ("CU_EVENT_RECORD_EXTERNAL", "CU_EVENT_RECORD_DEFAULT"):
+        assert hasattr(driver.CUevent_record_flags, flag)
+    for name in ("COMPUTE_CAPABILITY_MAJOR", "COMPUTE_CAPABILITY_MINOR", "MULTIPROCESSOR_COUNT"):
+        assert hasattr(driver.CUdevice_attribute, f"CU_DEVICE_ATTRIBUTE_{name}")
+    assert int(driver.CUstream(77)) == 77
+
+
+# The kernels' images.
+
+
+def test_a_fatbin_that_does_not_fit_is_compiled_anew(
+    device: Device, driver: FakeDriver, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(launcher, "compiled_kernels", lambda capability: b"compiled for %d.%d" % capability)
+    (tmp_path / launcher.FATBIN).write_bytes(b"packaged")
+    monkeypatch.setattr(launcher, "files", lambda _package: tmp_path)
+    with device.current():
+        launcher.load_kernels(device)
+        assert driver.images == [b"packaged"]
+        driver.failures["cuModuleLoadData"] = CUresult.CUDA_ERROR_NO_BINARY_FOR_GPU
+        launcher.load_kernels(device)
+        (tmp_path / launcher.FATBIN).unlink()
+        launcher.load_kernels(device)
+    assert driver.images[1:] == [b"compiled for 8.7"] * 2
+
+
+class CountingCompiler:
+    name = "a compiler 1.0"
+
+    def __init__(self) -> None:
+        self.compiled: list[str] = []
+
+    def compile(self, source: Path, architecture: str) -> bytes:
+        assert (source.parent / "device.cuh").is_file()
+        self.compiled.append(architecture)
+        return b"\x7fELF" + architecture.encode()
+
+
+@pytest.fixture
+def counting(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> CountingCompiler:
+    counting = CountingCompiler()
+    monkeypatch.setattr(compiler, "find_compiler", lambda: counting)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return counting
+
+
+def test_kernels_are_compiled_once_for_each_gpu_and_compiler(counting: CountingCompiler) -> None:
+    for _ in range(2):
+        assert compiler.compiled_kernels((8, 7)) == b"\x7fELFsm_87"
+    assert compiler.compiled_kernels((11, 0)) == b"\x7fELFsm_110"
+    counting.name = "a compiler 1.1"
+    compiler.compiled_kernels((8, 7))
+    assert counting.compiled == ["sm_87", "sm_110", "sm_87"]
+    assert len(list(compiler.cache_folder().iterdir())) == 3
+
+
+def test_a_damaged_cache_is_not_believed(counting: CountingCompiler) -> None:
+    compiler.compiled_kernels((8, 7))
+    (cached,) = compiler.cache_folder().iterdir()
+    cached.write_bytes(b"")
+    assert compiler.compiled_kernels((8, 7)) == b"\x7fELFsm_87"
+    assert cached.read_bytes() == b"\x7fELFsm_87"
+
+
+def test_a_cache_that_cannot_be_written_is_done_without(
+    counting: CountingCompiler, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert compiler.compiled_kernels((8, 7)) == b"\x7fELFsm_87"
+
+
+def test_a_relative_cache_home_is_ignored_as_the_rule_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", "somewhere")
+    assert compiler.cache_folder() == Path.home() / ".cache" / "recontrast-edge" / "kernels"
+
+
+@pytest.mark.parametrize("kind", [compiler.Nvrtc, compiler.Nvcc])
+def test_the_compilers_compile(kind: type[compiler.Nvrtc | compiler.Nvcc]) -> None:
+    try:
+        found = kind()
+    except MissingError as error:
+        pytest.skip(str(error))
+    source = PACKAGE / "kernels" / "kernels.cu"
+    image = found.compile(source, "sm_87")
+    assert image.startswith(b"\x7fELF")
+    assert b".text.distance_fp16" in image
+    with pytest.raises(ModelError, match=r"cannot compile the CUDA kernels for sm_300: .*newer CUDA toolkit"):
+        found.compile(source, "sm_300")
+
+
+def test_without_a_compiler_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing() -> None:
+        raise MissingError("it is missing")
+
+    monkeypatch.setattr(compiler, "Nvrtc", missing)
+    monkeypatch.setattr(compiler, "Nvcc", missing)
+    with pytest.raises(MissingError, match="pip install nvidia-cuda-nvrtc"):
+        compiler.compiled_kernels((8, 7))

@@ -1,0 +1,544 @@
+"""The TensorRT engine against recording fakes: results, order of calls, every failure, closing, no work twice.
+
+python -m pytest tests/edge/test_tensorrt_engine.py
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from recontrast_edge.cuda import CudaError, cuda_bindings
+from recontrast_edge.engines import open_engine, tensorrt
+from recontrast_edge.engines.tensorrt import GPU_STAGES, TensorRtEngine
+from recontrast_edge.errors import InputError, MissingError, ModelError
+from recontrast_edge.kernels import launcher
+from recontrast_edge.plan import Parity, PlanInfo, sidecar_path
+from recontrast_edge.preprocess import preprocess
+from recontrast_edge.scoring import MAP_NAME, SCORE_NAME
+from recontrast_edge.spec import InputSpec, Level, ModelSpec, Roi, Scoring, Threshold
+from tests.edge.fakes_cuda import ALLOCATIONS, CUresult, FakeDriver, FakePyCuda
+from tests.edge.fakes_tensorrt import PLAN, FakeTensorRt, features_network, judged, map_network
+from tests.kernels.host import COMPILER, Host, build
+
+SIZE = 32
+Open = Callable[..., TensorRtEngine]
+
+
+def model(roi: Roi | None = None) -> ModelSpec:
+    return ModelSpec(
+        class_name="fake",
+        backbone="none",
+        input=InputSpec(
+            size_wh=(SIZE, SIZE), resize_wh=(SIZE, SIZE), mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.25), roi=roi
+        ),
+        levels=(Level(stride=4, channels=3), Level(stride=8, channels=3)),
+        scoring=Scoring(blur_sigma=1.0),
+        threshold=Threshold(value=0.5, method="manual"),
+        weights_sha256="0" * 64,
+    )
+
+
+def write_plan(folder: Path, spec: ModelSpec, **changes: Any) -> Path:
+    path = folder / "model.plan"
+    path.write_bytes(PLAN)
+    values = {
+        "spec": spec,
+        "flavor": "tensorrt",
+        "library_version": "10.3.0.26",
+        "compute_capability": "8.7",
+        "gpu": "Orin",
+        "precision": "fp16",
+        "head": "features",
+        "batch": (1, 1, 4),
+        "plan_sha256": hashlib.sha256(PLAN).hexdigest(),
+        "onnx": "model.onnx",
+        "onnx_sha256": "1" * 64,
+        "calibration": None,
+        "parity": Parity(graph=None, engine=None, note="a fake"),
+        "software": {},
+    }
+    sidecar_path(path).write_text(PlanInfo(**values | changes).dumps())
+    return path
+
+
+@pytest.fixture(scope="session")
+def host(tmp_path_factory: pytest.TempPathFactory) -> Host:
+    if COMPILER is None:
+        pytest.skip("g++ builds the kernels for the host")
+    return Host(build(tmp_path_factory.mktemp("host")))
+
+
+@pytest.fixture
+def driver(host: Host, monkeypatch: pytest.MonkeyPatch) -> FakeDriver:
+    fake = FakeDriver(host)
+    monkeypatch.setattr(cuda_bindings, "_import_driver", lambda: fake)
+    monkeypatch.setattr(launcher, "compiled_kernels", lambda _capability: b"a cubin")
+    return fake
+
+
+@pytest.fixture
+def library(driver: FakeDriver, monkeypatch: pytest.MonkeyPatch) -> FakeTensorRt:
+    fake = FakeTensorRt(driver, features_network(model()), (3, SIZE, SIZE))
+    monkeypatch.setitem(sys.modules, "tensorrt", fake)
+    return fake
+
+
+@pytest.fixture
+def open_plan(library: FakeTensorRt, tmp_path: Path) -> Iterator[Open]:
+    opened: list[TensorRtEngine] = []
+
+    def open_it(path: Path | None = None, **options: Any) -> TensorRtEngine:
+        options.setdefault("binding", "cuda-bindings")
+        opened.append(TensorRtEngine(path or write_plan(tmp_path, model()), **options))
+        return opened[-1]
+
+    yield open_it
+    for engine in opened:
+        engine.close()
+        engine.close()
+    assert library.driver.live == {}, "everything was given back"
+    assert library.driver.current == []
+    assert library.contexts_alive == 0
+
+
+def image(seed: int, *, width: int = 45, height: int = 37, mono: bool = False) -> NDArray[np.uint8]:
+    shape = (height, width) if mono else (height, width, 3)
+    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+def expected(images: list[NDArray[np.uint8]], spec: ModelSpec) -> tuple[NDArray[Any], NDArray[Any]]:
+    batch = np.stack([preprocess(item, spec.input) for item in images])
+    return judged(spec, features_network(spec)(batch))
+
+
+def test_the_kernels_and_the_graph_give_the_oracles_numbers(open_plan: Open, library: FakeTensorRt) -> None:
+    engine = open_plan()
+    assert engine.uses_graph
+    assert engine.max_batch == 4
+    assert "TensorRT 10.3.0, fp16, on Fake GPU" in engine.name
+    images = [image(0), image(1), image(2, mono=True), image(3, width=80, height=61)]
+    found = engine.infer(images)
+    maps, scores = expected(images, model())
+    np.testing.assert_allclose(found.maps, maps, atol=2e-3)
+    np.testing.assert_allclose(found.scores, scores, atol=2e-3)
+    assert engine.uses_graph
+    assert {"stage", "infer"} == set(found.stage_ms)
+
+
+def test_more_images_than_the_engine_takes_go_through_the_slots_in_turn(open_plan: Open, library: FakeTensorRt) -> None:
+    engine = open_plan()
+    images = [image(seed) for seed in range(11)]
+    found = engine.infer(images, maps_above=10.0)
+    maps, scores = expected(images, model())
+    np.testing.assert_allclose(found.scores, scores, atol=2e-3)
+    np.testing.assert_allclose(found.maps, maps, atol=2e-3)
+    # Two batches are on their way before the first is waited for.
+    engine.infer(images[:8])
+    library.driver.calls.clear()
+    engine.infer(images[:8])
+    launches = [call for call in library.driver.calls if call in ("cuGraphLaunch", "cuStreamSynchronize")]
+    assert launches == ["cuGraphLaunch"] * 2 + ["cuStreamSynchronize"] * 2
+    assert engine.infer([]).scores.shape == (0,)
+
+
+def test_between_frames_nothing_is_allocated_and_one_wait_is_all(open_plan: Open, library: FakeTensorRt) -> None:
+    engine = open_plan()
+    engine.infer([image(0)], maps_above=10.0)
+    library.driver.calls.clear()
+    library.calls.clear()
+    for seed in range(1, 6):
+        found = engine.infer([image(seed)], maps_above=10.0)
+        assert found.maps.shape == (0, SIZE, SIZE)
+        np.testing.assert_allclose(found.scores, expected([image(seed)], model())[1], atol=2e-3)
+    assert not ALLOCATIONS & set(library.driver.calls)
+    per_frame = ["cuCtxPushCurrent", "cuGraphLaunch", "cuStreamSynchronize", "cuCtxPopCurrent"]
+    assert library.driver.calls == per_frame * 5
+    assert library.calls == []
+
+
+def test_a_map_is_read_back_only_where_its_score_asks_for_it(open_plan: Open, library: FakeTensorRt) -> None:
+    engine = open_plan()
+    score = float(engine.infer([image(0)]).scores[0])
+    for limit, wanted in ((score, 0), (np.nextafter(score, -1.0), 1), (np.nextafter(score, 9.0), 0), (None, 1)):
+        found = engine.infer([image(0)], maps_above=limit)
+        assert len(found.maps) == wanted, limit
+    assert found.scores[0] == score
+    np.testing.assert_allclose(found.maps, expected([image(0)], model())[0], atol=2e-3)
+    kept = found.maps.copy()
+    engine.infer([image(5)])
+    np.testing.assert_array_equal(found.maps, kept)
+
+
+def test_nan_comes_out_with_its_map(open_plan: Open, library: FakeTensorRt) -> None:
+    engine = open_plan()
+    network = library.network
+
+    def broken(batch: NDArray[Any]) -> Any:
+        tensors = network(batch)
+        tensors["target1_0"][0, 1, 2, 3] = np.nan
+        return tensors
+
+    library.network = broken
+    found = engine.infer([image(0)], maps_above=10.0)
+    assert np.isnan(found.scores[0])
+    assert np.isnan(found.maps[0]).any()
+    library.network = network
+    assert np.isfinite(engine.infer([image(0)]).scores[0])
+
+
+def test_frames_of_another_size_are_captured_again(open_plan: Open, library: FakeTensorRt) -> None:
+    engine = open_plan()
+    for seed, (width, height, mono) in enumerate([(45, 37, False), (200, 120, False), (45, 37, True), (32, 32, False)]):
+        picture = image(seed, width=width, height=height, mono=mono)
+        library.driver.calls.clear()
+        first = engine.infer([picture])
+        counts = library.driver.counts()
+        assert counts["cuStreamBeginCapture"] == 1
+        # The nodes are the same ones: the executable graph is updated, not made again.
+        assert counts["cuGraphExecUpdate"] == 1
+        assert counts["cuGraphInstantiate"] == 0
+        again = engine.infer([picture])
+        np.testing.assert_array_equal(first.maps, again.maps)
+        np.testing.assert_allclose(first.maps, expected([picture], model())[0], atol=2e-3)
+
+
+def test_only_the_roi_is_copied(library: FakeTensorRt, open_plan: Open, tmp_path: Path) -> None:
+    spec = model(Roi(x=7, y=5, width=20, height=30))
+    engine = open_plan(write_plan(tmp_path, spec))
+    found = engine.infer([image(0)])
+    np.testing.assert_allclose(found.maps, expected([image(0)], spec)[0], atol=2e-3)
+    with pytest.raises(InputError, match="ROI"):
+        engine.infer([image(0, width=20)])
+    # A frame that cannot be judged costs the next one nothing.
+    library.driver.calls.clear()
+    engine.infer([image(1)])
+    assert library.driver.counts()["cuStreamBeginCapture"] == 0
+
+
+def test_the_map_head_needs_no_map_kernel_and_its_map_is_always_read(
+    library: FakeTensorRt, open_plan: Open, tmp_path: Path
+) -> None:
+    library.network = map_network(model())
+    library.outputs = library.network(np.zeros((1, 3, SIZE, SIZE)))
+    assert set(library.outputs) == {MAP_NAME, SCORE_NAME}
+    engine = open_plan(write_plan(tmp_path, model(), head="map"))
+    found = engine.infer([image(0), image(1)], maps_above=10.0)
+    maps, scores = judged(
+        model(), features_network(model(), np.float32)(np.stack([preprocess(image(s), model().input) for s in (0, 1)]))
+    )
+    np.testing.assert_allclose(found.maps, maps, atol=1e-4)
+    np.testing.assert_allclose(found.scores, scores, atol=1e-4)
+
+
+def test_half_precision_input(library: FakeTensorRt, open_plan: Open) -> None:
+    library.input_dtype = np.float16
+    found = open_plan().infer([image(0)])
+    np.testing.assert_allclose(found.maps, expected([image(0)], model())[0], atol=5e-3)
+
+
+def test_an_engine_for_large_batches_only_still_judges_one_image(library: FakeTensorRt, open_plan: Open) -> None:
+    library.batch = (4, 4)
+    engine = open_plan()
+    np.testing.assert_allclose(engine.infer([image(0)]).maps, expected([image(0)], model())[0], atol=2e-3)
+
+
+def test_where_capturing_is_refused_work_is_enqueued_call_by_call(library: FakeTensorRt, open_plan: Open) -> None:
+    library.capturable = False
+    engine = open_plan()
+    assert not engine.uses_graph
+    for seed in range(3):
+        np.testing.assert_allclose(engine.infer([image(seed)]).maps, expected([image(seed)], model())[0], atol=2e-3)
+    # It is not tried for every frame.
+    library.driver.calls.clear()
+    engine.infer([image(4)])
+    engine.infer([image(4, width=99)])
+    assert "cuStreamBeginCapture" not in library.driver.calls
+
+
+@pytest.mark.parametrize("function", ["cuStreamBeginCapture", "cuStreamEndCapture", "cuGraphInstantiate"])
+def test_a_driver_that_refuses_graphs(library: FakeTensorRt, open_plan: Open, function: str) -> None:
+    library.driver.failures[function] = CUresult.CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED
+    if function == "cuStreamEndCapture":
+        # The fake's stream would go on capturing, as no driver's does.
+        original = library.driver.cuStreamEndCapture
+        del library.driver.failures[function]
+
+        def refuse(stream: int) -> CUresult:
+            library.driver.cuGraphDestroy(original(stream)[1])
+            return CUresult.CUDA_ERROR_STREAM_CAPTURE_INVALIDATED
+
+        library.driver.cuStreamEndCapture = refuse  # type: ignore[method-assign]
+    engine = open_plan()
+    assert not engine.uses_graph
+    np.testing.assert_allclose(engine.infer([image(0)]).maps, expected([image(0)], model())[0], atol=2e-3)
+
+
+def test_profiling_splits_the_time_on_the_gpu(open_plan: Open) -> None:
+    engine = open_plan(profile=True)
+    assert engine.uses_graph
+    stage_ms = engine.infer([image(0)]).stage_ms
+    assert [stage for stage in stage_ms if stage in GPU_STAGES] == list(GPU_STAGES)
+    # The fake's clock ticks once an event.
+    assert {stage_ms[stage] for stage in GPU_STAGES} == {0.5}
+    assert {"stage", "launch"} < set(stage_ms)
+
+
+def test_an_application_lends_its_context_and_stream(library: FakeTensorRt, open_plan: Open) -> None:
+    library.driver.adopt(77)
+
+    class Handle:
+        handle = 77
+
+    engine = open_plan(context=Handle(), stream=Handle())
+    found = engine.infer([image(seed) for seed in range(6)])
+    np.testing.assert_allclose(found.maps, expected([image(s) for s in range(6)], model())[0], atol=2e-3)
+    engine.close()
+    calls = library.driver.counts()
+    for function in ("cuStreamCreate", "cuStreamDestroy", "cuDevicePrimaryCtxRetain", "cuDevicePrimaryCtxRelease"):
+        assert calls[function] == 0, function
+
+
+def test_pycuda_does_the_same_without_graphs(
+    library: FakeTensorRt, open_plan: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = type(sys)("pycuda")
+    package.VERSION_TEXT = "2026.1"  # type: ignore[attr-defined]
+    package.driver = FakePyCuda(library.driver)  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "pycuda", package)
+    monkeypatch.setitem(sys.modules, "pycuda.driver", package.driver)
+    engine = open_plan(binding="pycuda", profile=True)
+    assert not engine.uses_graph
+    assert "pycuda 2026.1" in engine.name
+    images = [image(0), image(1, mono=True)]
+    np.testing.assert_allclose(engine.infer(images).maps, expected(images, model())[0], atol=2e-3)
+    library.driver.failures["cuMemcpyHtoDAsync"] = CUresult.CUDA_ERROR_ILLEGAL_ADDRESS
+    with pytest.raises(ModelError, match=r"cuMemcpyHtoDAsync: illegal address"):
+        engine.infer(images)
+    engine.close()
+    # PyCUDA's own references give these back.
+    for handle, kind in list(library.driver.live.items()):
+        assert kind in ("stream", "event", "module")
+        del library.driver.live[handle]
+
+
+# Failures.
+
+
+OPENING = [
+    ("cuInit", MissingError),
+    ("cuDeviceGetCount", MissingError),
+    ("cuDevicePrimaryCtxRetain", CudaError),
+    ("cuDeviceGetAttribute", CudaError),
+    ("cuMemAlloc", CudaError),
+    ("cuMemHostAlloc", CudaError),
+    ("cuStreamCreate", CudaError),
+    ("cuMemcpyHtoDAsync", CudaError),
+    ("cuMemsetD8Async", CudaError),
+    ("cuModuleGetFunction", CudaError),
+    ("cuLaunchKernel", CudaError),
+    ("cuStreamSynchronize", CudaError),
+]
+
+
+@pytest.mark.parametrize(("function", "kind"), OPENING)
+def test_whatever_fails_while_opening_is_named_and_all_is_given_back(
+    library: FakeTensorRt, open_plan: Open, function: str, kind: type[Exception]
+) -> None:
+    library.driver.failures[function] = CUresult.CUDA_ERROR_OUT_OF_MEMORY
+    with pytest.raises(kind, match=rf"{function}.*out of memory"):
+        open_plan()
+    assert library.driver.live == {}
+    assert library.contexts_alive == 0
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        ("Runtime", "does not start"),
+        ("deserialize_cuda_engine", r"refused the engine \(the version tag does not match\).*recontrast-edge build"),
+        ("create_execution_context", "no execution context"),
+        ("set_tensor_address", "refused the buffer"),
+        ("set_input_shape", "refused a batch of 1"),
+        ("execute_async_v3", r"could not run the network \(enqueue failed\)"),
+    ],
+)
+def test_whatever_tensorrt_refuses_while_opening(
+    library: FakeTensorRt, open_plan: Open, call: str, message: str
+) -> None:
+    library.fail.add(call)
+    with pytest.raises(ModelError, match=message):
+        open_plan()
+    assert library.driver.live == {}
+    assert library.contexts_alive == 0
+
+
+@pytest.mark.parametrize("function", ["cuGraphLaunch", "cuStreamSynchronize", "cuMemcpyDtoHAsync"])
+def test_a_failed_inference_is_an_error_and_the_next_one_begins_anew(
+    library: FakeTensorRt, open_plan: Open, function: str
+) -> None:
+    engine = open_plan()
+    engine.infer([image(0)])
+    library.driver.failures[function] = CUresult.CUDA_ERROR_ILLEGAL_ADDRESS
+    with pytest.raises(ModelError, match=rf"model.plan: the GPU failed in {function}: illegal address"):
+        engine.infer([image(1)])
+    library.driver.calls.clear()
+    np.testing.assert_allclose(engine.infer([image(2)]).maps, expected([image(2)], model())[0], atol=2e-3)
+    # The counters that the kernels keep in their workspace start from zero again.
+    assert library.driver.counts()["cuMemsetD8Async"] == 1
+
+
+def test_a_network_that_fails_between_frames(library: FakeTensorRt, open_plan: Open) -> None:
+    library.capturable = False
+    engine = open_plan()
+    engine.infer([image(0)])
+    library.fail.add("execute_async_v3")
+    with pytest.raises(ModelError, match="could not run the network"):
+        engine.infer([image(1)] * 9)
+    library.fail.clear()
+    np.testing.assert_allclose(engine.infer([image(2)]).maps, expected([image(2)], model())[0], atol=2e-3)
+
+
+def test_closed_is_closed_and_can_be_opened_again(library: FakeTensorRt, open_plan: Open) -> None:
+    with open_plan() as engine:
+        engine.infer([image(0)])
+    with pytest.raises(ModelError, match="the engine is closed"):
+        engine.infer([image(0)])
+    engine.close()
+    assert library.driver.live == {}
+    again = open_plan()
+    np.testing.assert_allclose(again.infer([image(0)]).maps, expected([image(0)], model())[0], atol=2e-3)
+
+
+def test_closing_goes_on_when_the_gpu_is_gone(library: FakeTensorRt, open_plan: Open) -> None:
+    engine = open_plan()
+    library.driver.failures["cuGraphExecDestroy"] = CUresult.CUDA_ERROR_ILLEGAL_ADDRESS
+    library.driver.failures["cuMemFree"] = CUresult.CUDA_ERROR_ILLEGAL_ADDRESS
+    library.driver.failures["cuStreamSynchronize"] = CUresult.CUDA_ERROR_ILLEGAL_ADDRESS
+    engine.close()
+    left = library.driver.live
+    assert sorted(left.values()) == ["device memory", "executable graph"], "only what the driver refused to take back"
+    for handle in list(left):
+        if left[handle] == "executable graph":
+            library.driver.cuCtxPushCurrent(0)
+            library.driver.cuGraphExecDestroy(handle)
+            library.driver.cuCtxPopCurrent()
+    left.clear()
+
+
+# What must be refused before anything is deserialised.
+
+
+def damaged(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[3] ^= 1
+    path.write_bytes(data)
+
+
+def truncated(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def without_sidecar(path: Path) -> None:
+    sidecar_path(path).unlink()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "changes", "message"),
+    [
+        (damaged, {}, "SHA-256 differs"),
+        (truncated, {}, "SHA-256 differs"),
+        (without_sidecar, {}, r"model\.plan\.json: no such file"),
+        (None, {"library_version": "10.7.0.23"}, r"built by tensorrt 10\.7\.0\.23, this machine has 10\.3\.0"),
+        (None, {"compute_capability": "8.6", "gpu": "RTX 3080"}, r"compute capability 8\.6 \(RTX 3080\)"),
+    ],
+)
+def test_a_plan_that_does_not_belong_here_is_refused_before_it_is_deserialised(
+    library: FakeTensorRt, open_plan: Open, tmp_path: Path, spoil: Any, changes: dict[str, Any], message: str
+) -> None:
+    path = write_plan(tmp_path, model(), **changes)
+    if spoil is not None:
+        spoil(path)
+    with pytest.raises(ModelError, match=message) as caught:
+        open_plan(path)
+    if spoil is not without_sidecar:
+        command = f"recontrast-edge build {tmp_path / 'model.onnx'} --out {path} --precision fp16 --flavor tensorrt"
+        assert command in str(caught.value)
+    assert library.calls == []
+    assert library.driver.live == {}
+
+
+def test_a_library_that_is_not_installed_is_named(
+    library: FakeTensorRt, open_plan: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
+    path = write_plan(tmp_path, model(), flavor="tensorrt-rtx", library_version="1.7.1.116")
+    with pytest.raises(MissingError, match=r"recontrast-edge\[tensorrt-rtx\].*--flavor tensorrt"):
+        open_plan(path)
+
+
+def another_model() -> ModelSpec:
+    return model().model_copy(update={"levels": (Level(stride=4, channels=5), Level(stride=8, channels=3))})
+
+
+@pytest.mark.parametrize(
+    ("change", "spec", "head", "message"),
+    [
+        ({}, another_model(), "features", r"expected '\w+_0' of \(N, 5, 8, 8\)"),
+        ({}, model(), "map", r"expected tensors \['anomaly_map', 'anomaly_score', 'image'\]"),
+        ({"tensor_format": "HWC8"}, model(), "features", "plain NCHW"),
+        ({"input_dtype": np.float64}, model(), "features", "'image' of float32 or float16"),
+        ({"image_chw": (3, 64, 64)}, model(), "features", r"expected 'image' of \(N, 3, 32, 32\)"),
+    ],
+)
+def test_an_engine_that_does_not_fit_its_spec_is_refused(
+    library: FakeTensorRt,
+    open_plan: Open,
+    tmp_path: Path,
+    change: dict[str, Any],
+    spec: ModelSpec,
+    head: str,
+    message: str,
+) -> None:
+    vars(library).update(change)
+    with pytest.raises(ModelError, match=message) as caught:
+        open_plan(write_plan(tmp_path, spec, head=head))
+    assert "recontrast-edge build" in str(caught.value)
+    assert library.driver.live == {}
+
+
+def test_tensorrt_for_rtx_is_told_to_settle_its_kernels_at_once() -> None:
+    """Else it swaps in others while frames run, and a frame's score changes."""
+
+    class Config:
+        dynamic_shapes_kernel_specialization_strategy = "LAZY"
+
+    class Engine:
+        def create_runtime_config(self) -> Config:
+            return Config()
+
+        def create_execution_context(self, config: Config | None = None) -> str:
+            return "none" if config is None else config.dynamic_shapes_kernel_specialization_strategy
+
+    class Rtx:
+        class DynamicShapesKernelSpecializationStrategy:
+            EAGER = "EAGER"
+
+    assert tensorrt._execution_context(Rtx, Engine()) == "EAGER"
+    assert tensorrt._execution_context(object(), Engine()) == "none"
+
+
+def test_open_engine_takes_plans(tmp_path: Path) -> None:
+    path = tmp_path / "missing.plan"
+    with pytest.raises(ModelError, match="no such model file"):
+        open_engine(path)
+    path.write_bytes(b"")
+    with pytest.raises(ModelError, match=r"missing\.plan\.json: no such file"):
+        open_engine(path)
