@@ -43,15 +43,16 @@ docs: $(TEST_VENV)/installed
 	$(TEST_VENV)/bin/python -m recontrast_edge.errors > build/exit-codes.md && mv build/exit-codes.md docs/exit-codes.md
 
 # Seeds 1 and 2 are the model's; the tests and the demo use others.
-DEMO_MODEL := recontrast_edge/models/demo.onnx
 demo-model: export PATH := $(CURDIR)/$(TEST_VENV)/bin:$(PATH)
 demo-model: $(TEST_VENV)/installed
 	rm -rf build/demo-model
 	recontrast-edge synth --product mixed --seed 1 --train 400 --test-good 100 --test-defect 100 --out build/demo-model/line
 	recontrast-edge synth --product mixed --seed 2 --train 600 --test-good 0 --test-defect 0 --out build/demo-model/good
 	recontrast-edge train build/demo-model/line --recipe demo --out build/demo-model/run
-	recontrast-edge export build/demo-model/run --storage fp16 --images build/demo-model/line --out $(DEMO_MODEL)
-	recontrast-edge calibrate --engine $(DEMO_MODEL) --good build/demo-model/good/train/good --max-false-reject-rate 0.01 --confidence 0.95
+	recontrast-edge export build/demo-model/run --storage fp16 --images build/demo-model/line --out build/demo-model/demo.onnx
+	recontrast-edge calibrate --engine build/demo-model/demo.onnx --good build/demo-model/good/train/good \
+		--max-false-reject-rate 0.01 --confidence 0.95
+	mkdir -p recontrast_edge/models && cp build/demo-model/demo.onnx recontrast_edge/models/
 
 clean:
 	rm -rf build dist demo-output .mypy_cache .pytest_cache .ruff_cache .hypothesis
