@@ -86,8 +86,13 @@ def examine() -> Report:
     """Probe everything; takes a few seconds, and never raises for what is wrong with a part of the machine."""
     with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:
         libraries = dict(zip(_PROBES, pool.map(_probe_apart, _PROBES), strict=True))
-    machine = {name: _guarded(fact) for name, fact in _MACHINE.items()}
+    machine = machine_facts()
     return Report(machine, libraries, _capabilities(libraries, is_jetson=machine["jetson"] is not None))
+
+
+def machine_facts() -> Facts:
+    """What is known of the machine without touching a library; never raises."""
+    return {name: _guarded(fact) for name, fact in _MACHINE.items()}
 
 
 def _guarded(fact: Callable[[], Any]) -> Any:

@@ -13,6 +13,7 @@ MODULES = (
     "calibrate",
     "run",
     "demo",
+    "bench",
     "synth",
     "info",
     "doctor",

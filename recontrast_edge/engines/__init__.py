@@ -100,12 +100,13 @@ def engine_path(engine: str | Path) -> Path:
     return path
 
 
-def open_engine(engine: str | Path, *, threads: int | None = None) -> Engine:
+def open_engine(engine: str | Path, *, threads: int | None = None, profile: bool = False) -> Engine:
     """Open a model with the engine that its file asks for.
 
     Args:
         engine: path of an ``.onnx`` file (ONNX Runtime on the CPU) or a ``.plan`` file (TensorRT), or ``demo``.
         threads: CPU threads of ONNX Runtime; None for the number of physical cores.
+        profile: make ``Inference.stage_ms`` tell the stages on the GPU apart; TensorRT only.
 
     Raises:
         ModelError: missing, damaged, not a model of ours, or built for another machine.
@@ -119,5 +120,5 @@ def open_engine(engine: str | Path, *, threads: int | None = None) -> Engine:
     if path.suffix == ".plan":
         from recontrast_edge.engines.tensorrt import TensorRtEngine
 
-        return TensorRtEngine(path)
+        return TensorRtEngine(path, profile=profile)
     raise ModelError(f"{path}: expected an .onnx file or a .plan file, got {path.suffix or 'a file without suffix'!r}")
