@@ -462,7 +462,7 @@ class _WovenFabric:
         grid = self._grid
         x, y = grid.place(rng)
         column, row = int(x / grid.pixel), int(y / grid.pixel)
-        shade = np.float32(_uniform(rng, 0.25, 0.5))
+        shade = np.float32(_uniform(rng, 0.12, 0.34))
         half_length = _uniform(rng, 30.0, 130.0)
         if rng.random() < 0.5:
             missing = (self._warp_index == self._warp_index[row, column]) & (np.abs(grid.y - y) <= half_length)
