@@ -14,6 +14,7 @@ from recontrast_edge.datasets import file_sha256
 from recontrast_edge.engines import DEMO, engine_path
 from recontrast_edge.errors import ModelError
 from recontrast_edge.onnxfile import graph_sha256, output_names, read_spec
+from recontrast_edge.plan import verify_plan
 from recontrast_edge.scoring import MAP_NAME, SCORE_NAME
 from recontrast_edge.spec import ModelSpec
 
@@ -36,7 +37,7 @@ class Artifact:
         details: facts about the file itself, by name; JSON-able.
     """
 
-    kind: Literal["onnx", "spec", "weights", "run"]
+    kind: Literal["onnx", "plan", "spec", "weights", "run"]
     path: Path
     spec: ModelSpec
     details: dict[str, Any] = field(default_factory=dict)
@@ -54,7 +55,7 @@ def describe(name: str) -> Artifact:
     """Find out what an artifact is, and check that its parts belong together.
 
     Args:
-        name: an ``.onnx`` file, ``demo``, a run folder, or its ``model.json`` or ``model.safetensors``.
+        name: an ``.onnx`` or ``.plan`` file, ``demo``, a run folder, or its ``model.json`` or ``model.safetensors``.
 
     Raises:
         ModelError: missing, damaged, not ours, or parts that do not belong together.
@@ -64,11 +65,11 @@ def describe(name: str) -> Artifact:
         return _run(path)
     if not path.exists():
         raise ModelError(f"{path}: no such file or folder; expected an artifact of recontrast-edge, or `{DEMO}`")
-    readers = {".onnx": _onnx, ".json": _spec, ".safetensors": _weights}
+    readers = {".onnx": _onnx, ".plan": _plan, ".json": _spec, ".safetensors": _weights}
     reader = readers.get(path.suffix)
     if reader is None:
         raise ModelError(
-            f"{path}: expected an .onnx file, {SPEC_FILE}, {WEIGHTS_FILE} or a run folder, "
+            f"{path}: expected an .onnx or .plan file, {SPEC_FILE}, {WEIGHTS_FILE} or a run folder, "
             f"got {path.suffix or 'a file without suffix'!r}"
         )
     try:
@@ -85,6 +86,15 @@ def _onnx(path: Path) -> Artifact:
     if spec.threshold is not None:
         details["threshold_is_for_this_engine"] = spec.threshold.engine_sha256 in (None, sha256)
     return Artifact("onnx", path, spec, details)
+
+
+def _plan(path: Path) -> Artifact:
+    info, content = verify_plan(path)
+    facts = info.model_dump(mode="json", exclude={"format", "version", "spec"})
+    details = {"bytes": len(content), "engine_sha256": info.plan_sha256, **facts}
+    if info.spec.threshold is not None:
+        details["threshold_is_for_this_engine"] = info.spec.threshold.engine_sha256 in (None, info.plan_sha256)
+    return Artifact("plan", path, info.spec, details)
 
 
 def _spec(path: Path) -> Artifact:

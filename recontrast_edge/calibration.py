@@ -25,6 +25,7 @@ from recontrast_edge.datasets import Sample, combined_sha256, file_sha256
 from recontrast_edge.errors import CalibrationError, ModelError, UsageError
 from recontrast_edge.evaluation import Scorer, score_samples
 from recontrast_edge.onnxfile import SPEC_KEY, replace_metadata
+from recontrast_edge.plan import write_spec
 from recontrast_edge.spec import ModelSpec, Threshold
 
 
@@ -212,8 +213,12 @@ def write_threshold(path: Path, spec: ModelSpec, threshold: Threshold) -> None:
         ModelError: a kind of file that holds no threshold, or a damaged one.
         OutputError: the file cannot be written.
     """
-    if path.suffix != ".onnx":
+    changed = spec.with_threshold(threshold)
+    if path.suffix == ".onnx":
+        replace_metadata(path, {SPEC_KEY: changed.dumps()})
+    elif path.suffix == ".plan":
+        write_spec(path, changed)
+    else:
         raise ModelError(
-            f"{path}: expected an .onnx file to write the threshold into, got {path.suffix or path.name!r}"
+            f"{path}: expected an .onnx or .plan file to write the threshold into, got {path.suffix or path.name!r}"
         )
-    replace_metadata(path, {SPEC_KEY: spec.with_threshold(threshold).dumps()})

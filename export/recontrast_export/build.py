@@ -11,7 +11,7 @@ import hashlib
 import json
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -288,7 +288,12 @@ def _bound_capability(library: Library, sm: int | None, gpu: Gpu | None) -> str 
 
 def _parity_images(images: Sequence[Path], calibration: Path | None, spec: ModelSpec) -> ParitySet:
     chosen = list(images) or ([calibration] if calibration is not None else [])
-    return read_images(chosen) if chosen else synthetic_images(spec.input)
+    if not chosen:
+        return synthetic_images(spec.input)
+    found = read_images(chosen)
+    # The sidecar travels with the engine, and folders of this machine say nothing there.
+    names = ", ".join(path.resolve().name for path in chosen)
+    return replace(found, source=f"{len(found.images)} images of {names}")
 
 
 def _temporary_folder(out: Path) -> tempfile.TemporaryDirectory[str]:

@@ -20,7 +20,7 @@ from __future__ import annotations
 import json
 import re
 import threading
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
@@ -35,6 +35,9 @@ FLAVORS: dict[Flavor, str] = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_
 
 OLDEST: dict[Flavor, tuple[int, int]] = {"tensorrt": (10, 3), "tensorrt-rtx": (1, 1)}
 """The oldest version that is used."""
+
+
+_INTERRUPT_POLL_S = 0.1
 
 
 class Progress(Protocol):
@@ -223,12 +226,15 @@ class Library:
         with ThreadPoolExecutor(max_workers=1) as pool:
             future = pool.submit(network.builder.build_serialized_network, network.definition, config)
             try:
-                serialized = future.result()
+                # The kernel may deliver a signal to the library's threads, which does not wake this one up.
+                while wait([future], timeout=_INTERRUPT_POLL_S).not_done:
+                    pass
             except KeyboardInterrupt:
                 cancelled.set()
                 raise
         if monitor.error is not None:
             raise monitor.error
+        serialized = future.result()
         if serialized is None:
             reason = "; ".join(self.logger.errors[-3:]) or "it gives no reason"
             raise ModelError(f"{self.flavor} {self.version} cannot build an engine: {reason}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 @app.command("info")
 def info_command(
     artifact: str = typer.Argument(
-        ..., metavar="FILE", help="An .onnx file, model.json, model.safetensors, a run folder, or `demo`."
+        ..., metavar="FILE", help="An .onnx or .plan file, model.json, model.safetensors, a run folder, or `demo`."
     ),
     as_json: bool = typer.Option(False, "--json", help="Print JSON."),
 ) -> None:
@@ -42,7 +42,13 @@ def _show(described: Artifact) -> None:
     table = Table(show_header=False, box=box.SIMPLE_HEAD)
     table.add_column(no_wrap=True, style="bold")
     table.add_column(overflow="fold")
-    kinds = {"onnx": "ONNX model", "spec": "model spec", "weights": "trained weights", "run": "run folder"}
+    kinds = {
+        "onnx": "ONNX model",
+        "plan": "TensorRT engine",
+        "spec": "model spec",
+        "weights": "trained weights",
+        "run": "run folder",
+    }
     # Text, not markup: names come from files.
     table.add_row("what", Text(f"{kinds[described.kind]} {described.path}"))
     for name, value in _details(described):
@@ -65,6 +71,8 @@ def _details(described: Artifact) -> Iterator[tuple[str, str]]:
         yield "head", texts[details["head"]]
     if "engine_sha256" in details:
         yield "engine sha256", details["engine_sha256"]
+    if described.kind == "plan":
+        yield from _plan(details)
     if "tensors" in details:
         yield "weights", f"{details['tensors']} tensors, {details['values'] / 1e6:.1f} million values"
     if "files" in details:
@@ -74,6 +82,29 @@ def _details(described: Artifact) -> Iterator[tuple[str, str]]:
         yield "metrics", ", ".join(shown)
     if details.get("threshold_is_for_this_engine") is False:
         yield "warning", "the threshold was set for another export of this model; calibrate again"
+
+
+def _plan(details: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    capability, gpu = details["compute_capability"], details["gpu"]
+    runs_on = "every GPU that the library supports" if capability is None else f"compute capability {capability}"
+    yield "built by", f"{details['flavor']} {details['library_version']}, on {gpu or 'a machine without a GPU'}"
+    yield "runs on", f"{runs_on}, with exactly this version of the library"
+    yield "precision", details["precision"]
+    smallest, optimal, largest = details["batch"]
+    yield "batch", f"smallest {smallest}, optimal {optimal}, largest {largest}"
+    yield "source", f"{details['onnx']}, sha256 {details['onnx_sha256']}"
+    if (scales := details["calibration"]) is not None:
+        yield "INT8 scales", f"from {scales['n_images']} good images of {scales['data']}"
+    parity = details["parity"]
+    for what in ("graph", "engine"):
+        if (found := parity[what]) is not None:
+            allowed = f"allowed: {found['allowed_map_error']:g}"
+            yield (
+                f"{what} parity",
+                f"worst map error {found['map_error']:.1e} of its range ({allowed}), {found['images']}",
+            )
+    yield "parity", parity["note"]
+    yield "built with", ", ".join(f"{name} {version}" for name, version in details["software"].items())
 
 
 def _spec(spec: ModelSpec) -> Iterator[tuple[str, str]]:

@@ -138,5 +138,5 @@ def test_copies_count_once_and_training_images_are_refused(tmp_path: Path, tiny_
 
 def test_a_threshold_is_written_only_into_files_that_hold_one(tmp_path: Path, tiny_model: Path) -> None:
     spec = read_spec(tiny_model)
-    with pytest.raises(ModelError, match=r"expected an \.onnx file"):
-        write_threshold(tmp_path / "model.plan", spec, Threshold(value=1.0, method="manual"))
+    with pytest.raises(ModelError, match=r"expected an \.onnx or \.plan file"):
+        write_threshold(tmp_path / "model.safetensors", spec, Threshold(value=1.0, method="manual"))

@@ -214,7 +214,7 @@ def test_info_with_bad_input(command: Command, model: Path, run_folder: Path, tm
     for artifact, message in (
         (tmp_path / "none", "no such file or folder"),
         (tmp_path / "empty", "is a folder without model.json and model.safetensors"),
-        (tmp_path / "notes.txt", "expected an .onnx file"),
+        (tmp_path / "notes.txt", "expected an .onnx or .plan file"),
         (tmp_path / "cut.onnx", "damaged or cut off"),
         (tmp_path / "zero.onnx", "the file is empty"),
         (tmp_path / "edited.json", "was changed after it was written"),
@@ -288,9 +288,9 @@ def test_doctor_says_what_to_install(command: Command, monkeypatch: pytest.Monke
 def test_a_broken_library_breaks_nothing_but_its_own_line(
     code: str, status: str, error: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "tensorrt_rtx.py").write_text(code)
+    (tmp_path / "tensorrt.py").write_text(code)
     monkeypatch.syspath_prepend(str(tmp_path))
-    library = doctor._probe_apart("tensorrt_rtx", timeout_s=1.0 if "sleep" in code else 30.0)
+    library = doctor._probe_apart("tensorrt", timeout_s=1.0 if "sleep" in code else 30.0)
     assert library.status == status
     assert (error or "") in (library.error or "")
     if status == "ready":

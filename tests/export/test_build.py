@@ -1,0 +1,489 @@
+"""``build`` with the real TensorRT for RTX, whose parser and builder need no GPU: networks have the types that were
+asked for, plans fit their sidecars, and what goes wrong leaves nothing behind.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from recontrast_edge import cli
+from recontrast_edge.calibration import write_threshold
+from recontrast_edge.datasets import combined_sha256, file_sha256
+from recontrast_edge.engines import Inference
+from recontrast_edge.errors import (
+    EXIT_INTERRUPTED,
+    GateError,
+    InputError,
+    MissingError,
+    ModelError,
+    OutputError,
+    UsageError,
+)
+from recontrast_edge.onnxfile import SPEC_KEY, graph_sha256, read_spec, replace_metadata
+from recontrast_edge.plan import PlanInfo, read_sidecar, sidecar_path, verify_plan
+from recontrast_edge.spec import Threshold
+
+torch = pytest.importorskip("torch", reason="needs the train extra")
+onnx = pytest.importorskip("onnx", reason="needs the export extra")
+pytest.importorskip("onnxsim", reason="needs the export extra")
+pytest.importorskip("tensorrt_rtx", reason="needs the tensorrt-rtx extra")
+
+from recontrast_export import build as build_module  # noqa: E402
+from recontrast_export.build import TOLERANCES, Gpu, build_engine  # noqa: E402
+from recontrast_export.onnx_export import build_onnx  # noqa: E402
+from recontrast_export.precision import read_calibration_images, to_precision  # noqa: E402
+from recontrast_export.trt import Library, Settings, load_library  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def library() -> Library:
+    return load_library("tensorrt-rtx")
+
+
+@pytest.fixture(scope="module")
+def good(data_folder: Path) -> Path:
+    return data_folder / "test" / "good"
+
+
+@pytest.fixture(scope="module")
+def models(model_of: Any, spec_of: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """``models(backbone, head)``: path of an exported model."""
+    folder = tmp_path_factory.mktemp("models")
+
+    def get(backbone: str = "efficientnet_lite0", head: str = "features") -> Path:
+        path: Path = folder / f"{backbone}-{head}.onnx"
+        if not path.exists():
+            model = model_of(backbone)
+            onnx.save(build_onnx(model, spec_of(backbone, model.channels), head=head), path)
+        return path
+
+    return get
+
+
+@pytest.fixture
+def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tests below say what happens without one, wherever they run."""
+    monkeypatch.setattr(build_module, "_local_gpu", lambda library: None)
+
+
+# --- the networks that the parser makes ------------------------------------------------------------------------------
+
+CONVOLUTIONS = ("CONVOLUTION", "DECONVOLUTION")
+# wide_resnet50_2 with one head only, for the sake of time: its network is the same, and so are all heads.
+GRAPHS = [
+    ("efficientnet_lite0", "map"),
+    ("efficientnet_lite0", "features"),
+    ("resnet18", "map"),
+    ("resnet18", "features"),
+    ("wide_resnet50_2", "features"),
+]
+
+
+@pytest.mark.parametrize(("backbone", "head"), GRAPHS)
+def test_builds_in_every_precision_with_no_unexpected_type(
+    backbone: str, head: str, models: Any, good: Path, library: Library
+) -> None:
+    source = onnx.load(models(backbone, head))
+    spec = read_spec(models(backbone, head))
+    images = read_calibration_images(good, spec.input)
+    settings = Settings(batch=(1, 2, 4), image_chw=(3, *spec.input.size_wh[::-1]))
+    sizes = {}
+    for precision in ("fp32", "fp16", "int8"):
+        calibration = images if precision == "int8" else None
+        model = to_precision(source, precision, calibration=calibration)
+        network = library.parse(model.SerializeToString())
+        check_types(network.layers(), precision, head)
+        sizes[precision] = len(library.build(network, settings).plan)
+    # What is stored with less precision takes less room.
+    assert sizes["fp16"] < 0.6 * sizes["fp32"]
+    assert backbone == "efficientnet_lite0" or sizes["int8"] < 0.8 * sizes["fp16"]
+
+
+def check_types(layers: list[dict[str, Any]], precision: str, head: str) -> None:
+    types = {tensor["name"]: tensor["dtype"] for layer in layers for tensor in layer["outputs"]}
+    producers = {tensor["name"]: layer["type"] for layer in layers for tensor in layer["outputs"]}
+    by_layer: dict[str, Counter[str]] = {}
+    for layer in layers:
+        by_layer.setdefault(layer["type"], Counter()).update(tensor["dtype"] for tensor in layer["outputs"])
+    network_type = "FLOAT" if precision == "fp32" else "HALF"
+    for kind in (*CONVOLUTIONS, "ACTIVATION", "POOLING"):
+        assert set(by_layer.get(kind, {})) <= {network_type}, (kind, by_layer[kind])
+    # Shapes are INT64; scales of Q/DQ may be constants of any type.
+    computed = {tensor["dtype"] for layer in layers if layer["type"] != "CONSTANT" for tensor in layer["outputs"]}
+    expected = {"INT64", network_type} | ({"INT8"} if precision == "int8" else set())
+    assert computed == expected | ({"FLOAT"} if head == "map" else set())
+    features = {name: dtype for name, dtype in types.items() if name.startswith(("target", "reconstruction"))}
+    names = {name for name in features if name.count("_") == 1 and "/" not in name}
+    assert len(names) == 12
+    assert {features[name] for name in names} == {network_type}
+    if head == "map":
+        assert {types["anomaly_map"], types["anomaly_score"]} == {"FLOAT"}
+        for kind in ("MATRIX_MULTIPLY", "REDUCE", "UNARY"):
+            assert set(by_layer[kind]) == {"FLOAT"}
+    fed = [
+        [producers.get(tensor["name"]) for tensor in layer["inputs"][:2]]
+        for layer in layers
+        if layer["type"] == "CONVOLUTION"
+    ]
+    quantised = sum(kinds == ["DEQUANTIZE", "DEQUANTIZE"] for kinds in fed)
+    if precision == "int8":
+        assert quantised >= 0.6 * len(fed)
+    else:
+        assert not quantised
+        assert not {"QUANTIZE", "DEQUANTIZE"} & set(by_layer)
+
+
+# --- build_engine ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("no_gpu")
+@pytest.mark.parametrize(("head", "precision"), [("features", "fp16"), ("map", "int8")])
+def test_a_plan_and_its_sidecar(
+    head: Any, precision: Any, models: Any, good: Path, data_folder: Path, tmp_path: Path
+) -> None:
+    model, out = models(head=head), tmp_path / "new" / "line.plan"
+    calibration = good if precision == "int8" else None
+    seen = []
+    result = build_engine(
+        model,
+        out,
+        precision=precision,
+        batch=(1, 2, 8),
+        calibration=calibration,
+        images=[] if calibration else [data_folder],
+        on_parity=lambda *report: seen.append(report),
+    )
+    info, plan = verify_plan(out)
+    assert info == result.info
+    assert len(plan) > 1_000_000
+    assert info.spec == read_spec(model)
+    assert (info.flavor, info.precision, info.head, info.batch) == ("tensorrt-rtx", precision, head, (1, 2, 8))
+    assert (info.compute_capability, info.gpu) == (None, None)
+    assert (info.onnx, info.onnx_sha256) == (model.name, graph_sha256(model))
+    if calibration:
+        digest = combined_sha256(file_sha256(path) for path in sorted(good.iterdir()))
+        assert info.calibration is not None
+        assert info.calibration.model_dump() == {"data": "good", "n_images": 12, "data_sha256": digest}
+    else:
+        assert info.calibration is None
+    ((what, report, tolerance),) = seen
+    assert what == f"{precision} graph on ONNX Runtime"
+    assert tolerance == TOLERANCES[precision]
+    assert info.parity.graph is not None
+    assert info.parity.graph.map_error == report.relative_map_errors.max() > 0
+    assert info.parity.graph.n_images == (12 if calibration else 16)
+    assert info.parity.engine is None
+    assert "The engine itself was not run: this machine has no GPU" in info.parity.note
+    assert info.parity.note in result.notes
+    assert sorted(entry.name for entry in out.parent.iterdir()) == ["line.plan", "line.plan.json"]
+
+
+@pytest.mark.usefixtures("no_gpu")
+def test_fp32_converts_nothing_and_says_so(models: Any, tmp_path: Path) -> None:
+    info = build_engine(models(), tmp_path / "a.plan", precision="fp32", sm=86).info
+    assert info.parity.graph is None
+    assert info.parity.note.startswith("Nothing was converted")
+    assert info.compute_capability == "8.6"
+
+
+@pytest.mark.usefixtures("no_gpu")
+def test_the_threshold_of_the_source_stays_behind(models: Any, tmp_path: Path) -> None:
+    """It was calibrated with other scores."""
+    model, out = tmp_path / "model.onnx", tmp_path / "a.plan"
+    model.write_bytes(models().read_bytes())
+    threshold = Threshold(value=0.5, method="manual", engine_sha256=graph_sha256(model))
+    replace_metadata(model, {SPEC_KEY: read_spec(model).with_threshold(threshold).dumps()})
+    build_engine(model, out, precision="fp32")
+    spec = read_sidecar(out).spec
+    assert spec.threshold is None
+    write_threshold(out, spec, threshold)
+    assert verify_plan(out)[0].spec.threshold == threshold
+
+
+@pytest.mark.usefixtures("no_gpu")
+def test_layers_are_reported(models: Any, tmp_path: Path) -> None:
+    layers = tmp_path / "layers.json"
+    info = build_engine(models(), tmp_path / "a.plan", precision="fp32", layers=layers).info
+    report = json.loads(layers.read_text())
+    assert report.pop("engine") is None
+    network = report.pop("network")
+    assert report["plan_sha256"] == info.plan_sha256
+    assert report["format"] == "recontrast-edge.layers"
+    convolutions = [layer for layer in network if layer["type"] == "CONVOLUTION"]
+    assert len(convolutions) == 89
+    assert convolutions[0]["inputs"][0] == {"name": "image", "dtype": "FLOAT", "shape": [-1, 3, 64, 96]}
+
+
+class FakeEngine:
+    """What a GPU would answer: the reference's results, off by a share of the map's range."""
+
+    def __init__(self, path: Path, off: float) -> None:
+        from recontrast_edge.engines.onnx import OnnxEngine
+
+        self.info, _ = verify_plan(path)
+        self._engine = OnnxEngine(FakeEngine.source, threads=1)
+        self._off = off
+        self.closed = False
+
+    source: Path
+
+    def infer(self, images: Any) -> Inference:
+        found = self._engine.infer(images)
+        return Inference(found.maps + self._off * (found.maps.max() - found.maps.min()), found.scores, {})
+
+    def __enter__(self) -> FakeEngine:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._engine.close()
+
+
+@pytest.mark.parametrize(("off", "passes"), [(1e-4, True), (0.03, False)])
+def test_where_a_gpu_is_the_engine_itself_must_pass(
+    off: float, passes: bool, models: Any, data_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    FakeEngine.source = models()
+    monkeypatch.setattr(build_module, "_local_gpu", lambda library: Gpu("a test", "8.6"))
+    monkeypatch.setattr(build_module, "open_engine", lambda path: FakeEngine(path, off))
+    out = tmp_path / "a.plan"
+
+    def build() -> PlanInfo:
+        return build_engine(models(), out, precision="fp16", images=[data_folder]).info
+
+    if not passes:
+        with pytest.raises(GateError, match="nothing was written"):
+            build()
+        assert list(tmp_path.iterdir()) == []
+        return
+    info = build()
+    assert info.gpu == "a test"
+    assert info.parity.engine is not None
+    assert info.parity.engine.map_error == pytest.approx(off, rel=0.01)
+    assert "was run on this machine's GPU" in info.parity.note
+
+
+def test_an_engine_for_another_gpu_is_not_run_here(
+    models: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(build_module, "_local_gpu", lambda library: Gpu("a test", "8.6"))
+    info = build_engine(models(), tmp_path / "a.plan", precision="fp32", sm=89).info
+    assert info.parity.engine is None
+    assert "GPU has compute capability 8.6" in info.parity.note
+
+
+def test_a_portable_engine_that_this_gpu_does_not_run_is_written_with_the_reason(
+    models: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path) -> None:
+        raise ModelError("not for this architecture")
+
+    monkeypatch.setattr(build_module, "_local_gpu", lambda library: Gpu("a test", "9.0"))
+    monkeypatch.setattr(build_module, "open_engine", refuse)
+    info = build_engine(models(), tmp_path / "a.plan", precision="fp32").info
+    assert "The engine itself was not run: not for this architecture" in info.parity.note
+
+
+@pytest.mark.usefixtures("no_gpu")
+def test_a_graph_beyond_the_tolerance_leaves_no_trace(
+    models: Any, data_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*args: Any, **kwargs: Any) -> Any:
+        model = to_precision(*args, **kwargs)
+        entry = next(entry for entry in model.graph.initializer if entry.name == "heads/0/2/weight")
+        value = onnx.numpy_helper.to_array(entry).copy()
+        value[3] *= -20
+        entry.CopyFrom(onnx.numpy_helper.from_array(value, entry.name))
+        return model
+
+    monkeypatch.setattr(build_module, "to_precision", broken)
+    out = tmp_path / "a.plan"
+    out.write_bytes(b"the engine of yesterday")
+    seen = []
+    with pytest.raises(GateError, match="nothing was written"):
+        build_engine(
+            models(), out, precision="fp16", images=[data_folder], on_parity=lambda *report: seen.append(report)
+        )
+    assert len(seen) == 1
+    assert out.read_bytes() == b"the engine of yesterday"
+    assert list(tmp_path.iterdir()) == [out]
+
+
+@pytest.mark.usefixtures("no_gpu")
+def test_an_operator_that_the_parser_does_not_take_is_named(models: Any, tmp_path: Path) -> None:
+    model = onnx.load(models())
+    relu = next(node for node in model.graph.node if node.op_type == "Relu")
+    # ONNX Runtime's own.
+    relu.op_type, relu.domain = "QuickGelu", "com.microsoft"
+    model.opset_import.append(onnx.helper.make_opsetid("com.microsoft", 1))
+    path = tmp_path / "model.onnx"
+    onnx.save(model, path)
+    with pytest.raises(ModelError, match=rf"node '{relu.name}' \(QuickGelu\): "):
+        build_engine(path, tmp_path / "a.plan", precision="fp32")
+
+
+def test_tensorrt_needs_the_local_gpu(models: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import recontrast_edge.cuda
+
+    def none_here() -> Any:
+        raise MissingError("no GPU here")
+
+    monkeypatch.setattr(recontrast_edge.cuda, "open_device", none_here)
+    rtx = load_library("tensorrt-rtx")
+    monkeypatch.setattr(build_module, "load_library", lambda flavor: Library("tensorrt", rtx.trt))
+    with pytest.raises(MissingError, match=r"builds for the GPU of this machine, .*: no GPU here"):
+        build_engine(models(), tmp_path / "a.plan")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.usefixtures("no_gpu")
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"out": "model.engine"}, UsageError, "ends in .plan"),
+        ({"model": "model.pt"}, UsageError, "expected an .onnx file"),
+        ({"model": "nothing.onnx"}, ModelError, "no such"),
+        ({"model": "damaged.onnx"}, ModelError, "damaged"),
+        ({"out": "folder.plan"}, OutputError, "a folder is in the way"),
+        ({"batch": (2, 1, 4)}, UsageError, "smallest <= optimal"),
+        ({"batch": (0, 1, 1)}, UsageError, "1 <= smallest"),
+        ({"batch": (1, 1, 5000)}, UsageError, "largest <= 1024"),
+        ({"workspace_mib": 0}, UsageError, "at least 1"),
+        ({"layers": "layers.txt"}, UsageError, "ends in .json"),
+        ({"layers": "a.plan.json"}, UsageError, "own description"),
+        ({"timing_cache": "cache"}, UsageError, "no use with tensorrt-rtx"),
+        ({"sm": 87}, UsageError, "on the Jetson itself"),
+        ({"precision": "int8"}, UsageError, "needs --calibration"),
+        ({"calibration": "images"}, UsageError, "leave it out"),
+        ({"precision": "int8", "calibration": "nothing"}, InputError, "no such data set"),
+        ({"images": ["nothing"]}, InputError, "no such"),
+    ],
+)
+def test_bad_arguments_are_refused_before_anything_is_built(
+    change: dict[str, Any], error: type[Exception], message: str, models: Any, good: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "folder.plan").mkdir()
+    (tmp_path / "damaged.onnx").write_bytes(models().read_bytes()[:100_000])
+    (tmp_path / "images").symlink_to(good)
+    before = sorted(tmp_path.iterdir())
+    options: dict[str, Any] = {"model": models(), "out": "a.plan", **change}
+    for name in ("model", "out", "layers", "timing_cache", "calibration"):
+        if name in options:
+            options[name] = tmp_path / options[name]
+    options["images"] = [tmp_path / path for path in options.get("images", [])]
+    with pytest.raises(error, match=message):
+        build_engine(options.pop("model"), options.pop("out"), **options)
+    assert sorted(tmp_path.iterdir()) == before
+
+
+# --- the command -----------------------------------------------------------------------------------------------------
+
+
+def run_cli(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
+    monkeypatch.setattr(sys, "argv", ["recontrast-edge", *map(str, arguments)])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    return int(end.value.code or 0)
+
+
+@pytest.mark.usefixtures("no_gpu")
+def test_command_line(
+    models: Any, data_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "line.plan"
+    arguments = ["build", models(), "--out", out, "--images", data_folder, "--batch", "1,1,4", "--workspace-mib", 256]
+    assert run_cli(monkeypatch, *arguments) == 0
+    printed = capsys.readouterr().out
+    assert "fp16 graph on ONNX Runtime against the source model on 16 images of parts" in printed
+    assert "The engine itself was not run" in printed
+    assert "fp16, for tensorrt-rtx" in printed
+    assert run_cli(monkeypatch, "info", out) == 0
+    printed = capsys.readouterr().out
+    assert "TensorRT engine" in printed
+    assert "smallest 1, optimal 1, largest 4" in printed
+    assert run_cli(monkeypatch, "info", out, "--json") == 0
+    described = json.loads(capsys.readouterr().out)
+    assert described["kind"] == "plan"
+    assert described["details"]["plan_sha256"] == read_sidecar(out).plan_sha256
+    content = bytearray(out.read_bytes())
+    content[len(content) // 2] ^= 1
+    out.write_bytes(content)
+    assert run_cli(monkeypatch, "info", out) == ModelError.exit_code
+    assert "SHA-256 differs" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("--precision", "fp8"), ("--flavor", "tflite"), ("--batch", "4"), ("--batch", "1,2,x"), ("--batch", "1,-2,3")],
+)
+def test_wrong_options_are_named(
+    option: str, value: str, models: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    code = run_cli(monkeypatch, "build", models(), "--out", tmp_path / "a.plan", option, value)
+    assert code == UsageError.exit_code
+    assert f"{option} '{value}'" in capsys.readouterr().err
+
+
+def test_without_tensorrt_the_extra_is_named(
+    models: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    load_library.cache_clear()
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    code = run_cli(monkeypatch, "build", models(), "--out", tmp_path / "a.plan", "--flavor", "tensorrt")
+    load_library.cache_clear()
+    assert code == MissingError.exit_code
+    assert "pip install 'recontrast-edge[tensorrt]'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_ends_cleanly(number: signal.Signals, models: Any, good: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    command = [sys.executable, "-m", "recontrast_edge", "build", models("resnet18"), "--out", folder / "a.plan"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    process = subprocess.Popen(
+        [*map(str, command), "--precision", "int8", "--calibration", str(good)],
+        env=environment,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    # It is being compared, and will be built, once this file is there.
+    deadline_s = time.monotonic() + 60
+    while not list(folder.glob("*/converted.onnx")):
+        assert process.poll() is None
+        assert time.monotonic() < deadline_s
+        time.sleep(0.01)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    # A shell calls both 130: Python ends by the signal where it interrupted a library's own Python code.
+    assert process.returncode in (EXIT_INTERRUPTED, -signal.SIGINT), errors
+    assert "Traceback" not in errors
+    assert list(folder.iterdir()) == []
+
+
+@pytest.mark.usefixtures("no_gpu")
+def test_a_full_disk_leaves_nothing(
+    models: Any, data_folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    real = os.fsync
+    out = tmp_path / "a.plan"
+
+    def full(handle: int) -> None:
+        name = Path(f"/proc/self/fd/{handle}").readlink().name
+        if name.startswith(".a.plan."):
+            raise OSError(28, "No space left on device")
+        real(handle)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OutputError, match="No space left"):
+        build_engine(models(), out, precision="fp32")
+    assert list(tmp_path.iterdir()) == []
+    assert not sidecar_path(out).exists()
