@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
-import ctypes
+from collections.abc import Iterator
 
 import pytest
 
+from recontrast_edge.cuda import Device, open_device
+from recontrast_edge.errors import MissingError
+from tests.gpu.gpu import Gpu
+
 
 @pytest.fixture(autouse=True, scope="session")
-def _nvidia_gpu() -> None:
+def device() -> Iterator[Device]:
     try:
-        driver = ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        pytest.skip("needs an NVIDIA GPU: there is no driver (libcuda.so.1)")
-    count = ctypes.c_int(0)
-    if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)) or count.value == 0:
-        pytest.skip("needs an NVIDIA GPU: the driver finds none")
+        opened = open_device()
+    except MissingError as error:
+        pytest.skip(f"needs an NVIDIA GPU: {error}")
+    with opened:
+        yield opened
+
+
+@pytest.fixture(scope="session")
+def gpu(device: Device) -> Gpu:
+    return Gpu(device)
