@@ -17,6 +17,7 @@ from pydantic import BaseModel
 from recontrast_edge.cli.reference import reference
 from recontrast_edge.frame import Frame, Judgement
 from recontrast_edge.pipeline import Statistics
+from recontrast_edge.plan import Calibration, Comparison, PlanInfo
 from recontrast_edge.spec import InputSpec, ModelSpec, Scoring, Threshold
 from recontrast_edge.verdict import Fault
 
@@ -127,6 +128,14 @@ def spec_fields(model: type[BaseModel], prefix: str = "") -> set[str]:
 
 def test_every_field_of_the_spec_is_documented() -> None:
     assert documented("The spec") == spec_fields(ModelSpec) | {"threshold"}
+
+
+def test_every_field_of_a_plan_is_documented() -> None:
+    parts = {*Calibration.model_fields, *Comparison.model_fields, "graph", "engine", "note"}
+    precisions = {"--precision", "fp32", "fp16", "int8"}
+    assert documented("The plan") - precisions == set(PlanInfo.model_fields)
+    text = ARTIFACTS.read_text(encoding="utf-8")
+    assert not [name for name in parts if f"`{name}`" not in text]
 
 
 def test_every_field_of_a_record_is_documented() -> None:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @app.command("build")
 def build_command(
-    model: Path = typer.Argument(metavar="MODEL", help="ONNX file that `recontrast-edge export` wrote."),
+    model: str = typer.Argument(metavar="MODEL", help="ONNX file that `recontrast-edge export` wrote, or `demo`."),
     out: Path = typer.Option(
         ..., "--out", help="Engine to write, NAME.plan; NAME.plan.json beside it says what it is."
     ),
@@ -81,6 +81,8 @@ def build_command(
         raise UsageError(f"--precision {precision!r}: expected fp32, fp16 or int8")
     if flavor not in ("auto", "tensorrt", "tensorrt-rtx"):
         raise UsageError(f"--flavor {flavor!r}: expected auto, tensorrt or tensorrt-rtx")
+    from recontrast_edge.engines import engine_path
+
     try:
         from recontrast_export.build import build_engine
     except ModuleNotFoundError as error:
@@ -90,7 +92,7 @@ def build_command(
         ) from None
     with _bars() as bars:
         result = build_engine(
-            model,
+            engine_path(model),
             out,
             precision=precision,  # type: ignore[arg-type]
             flavor=flavor,  # type: ignore[arg-type]
