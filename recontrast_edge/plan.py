@@ -25,6 +25,9 @@ PLAN_FORMAT: Literal["recontrast-edge.plan"] = "recontrast-edge.plan"
 PLAN_VERSION: Literal[1] = 1
 
 Flavor = Literal["tensorrt", "tensorrt-rtx"]
+FLAVOR_MODULES: dict[Flavor, str] = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
+"""Python module of each library."""
+
 Precision = Literal["fp32", "fp16", "int8"]
 Head = Literal["map", "features"]
 

@@ -27,11 +27,8 @@ from importlib import import_module
 from typing import Any, Literal, Protocol
 
 from recontrast_edge.errors import MissingError, ModelError, UsageError
-from recontrast_edge.plan import Flavor
+from recontrast_edge.plan import FLAVOR_MODULES, Flavor
 from recontrast_edge.scoring import INPUT_NAME
-
-FLAVORS: dict[Flavor, str] = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
-"""Python module of each; in the order that ``auto`` looks for them."""
 
 OLDEST: dict[Flavor, tuple[int, int]] = {"tensorrt": (10, 3), "tensorrt-rtx": (1, 1)}
 """The oldest version that is used."""
@@ -293,12 +290,13 @@ def load_library(flavor: Flavor | Literal["auto"]) -> Library:
     Raises:
         MissingError: it is not installed, broken or too old.
     """
-    wanted: list[Flavor] = list(FLAVORS) if flavor == "auto" else [flavor]
+    wanted: list[Flavor] = ["tensorrt", "tensorrt-rtx"] if flavor == "auto" else [flavor]
     for candidate in wanted:
+        module = FLAVOR_MODULES[candidate]
         try:
-            trt = import_module(FLAVORS[candidate])
+            trt = import_module(module)
         except ModuleNotFoundError as error:
-            if error.name == FLAVORS[candidate]:
+            if error.name == module:
                 continue
             raise MissingError(f"{candidate} is installed but lacks {error.name}; install it again") from None
         # Its native libraries are missing or do not fit.

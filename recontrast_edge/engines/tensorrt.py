@@ -15,9 +15,11 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
 from pathlib import Path
+from traceback import clear_frames
 from types import TracebackType
 from typing import Any
 
@@ -29,7 +31,7 @@ from recontrast_edge.engines import Inference
 from recontrast_edge.errors import MissingError, ModelError
 from recontrast_edge.kernels import AnomalyMapPlan, PixelFormat, PreprocessPlan
 from recontrast_edge.kernels.launcher import AnomalyMapLauncher, PreprocessLauncher, load_kernels
-from recontrast_edge.plan import Flavor, PlanInfo, verify_plan
+from recontrast_edge.plan import FLAVOR_MODULES, Flavor, PlanInfo, verify_plan
 from recontrast_edge.preprocess import Geometry, Image, check_image
 from recontrast_edge.scoring import INPUT_NAME, MAP_NAME, SCORE_NAME, VIEWS, reconstruction_name, target_name
 
@@ -41,7 +43,6 @@ SLOTS = 2
 GPU_STAGES = ("copy_in", "preprocess", "network", "map", "copy_out")
 """What a profiling engine measures on the GPU, in order."""
 
-_MODULES: dict[Flavor, str] = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 _INSTALL: dict[Flavor, str] = {
     "tensorrt": "pip install 'recontrast-edge[tensorrt]'; on Jetson it comes with JetPack: sudo apt-get install "
     "python3-libnvinfer, and a virtual environment made with --system-site-packages",
@@ -93,7 +94,9 @@ class TensorRtEngine:
             _check_gpu(path, self._info, self._device)
             with self._device.current():
                 self._open(library, plan, stream, profile=profile)
-        except BaseException:
+        except BaseException as error:
+            # Else the failed calls' variables would keep TensorRT's objects alive, longer than their CUDA context.
+            clear_frames(error.__traceback__)
             self.close()
             raise
 
@@ -113,7 +116,7 @@ class TensorRtEngine:
                 f"{self.path}: {self._info.flavor} refused the engine{messages.reason()}; build it on this machine: "
                 f"{self._info.build_command(self.path)}"
             )
-        self._tensors = tensors = _Tensors(library, self._engine, self.path, self._info)
+        self._tensors = tensors = _TensorCheck(library, self._engine, self.path, self._info).tensors()
         kernels = load_kernels(self._device)
         streams = [self._device.stream(stream) for _ in range(SLOTS if stream is None else 1)]
         for slot_stream in streams:
@@ -221,7 +224,7 @@ class TensorRtEngine:
 def _library(path: Path, info: PlanInfo) -> Any:
     """The library that built the plan, in the version that built it."""
     try:
-        library = import_module(_MODULES[info.flavor])
+        library = import_module(FLAVOR_MODULES[info.flavor])
     except (ImportError, OSError) as error:
         other: Flavor = "tensorrt" if info.flavor == "tensorrt-rtx" else "tensorrt-rtx"
         raise MissingError(
@@ -285,36 +288,53 @@ def _execution_context(library: Any, engine: Any) -> Any:
     return engine.create_execution_context(config)
 
 
+@dataclass(frozen=True)
 class _Tensors:
-    """Inputs and outputs of an engine, checked against its spec."""
+    """Inputs and outputs of an engine that fits its spec.
+
+    Attributes:
+        outputs: shape of each output, without the batch.
+        min_batch, max_batch: smallest and largest batch.
+    """
+
+    outputs: dict[str, tuple[int, ...]]
+    input_dtype: np.dtype[Any]
+    output_dtype: np.dtype[Any]
+    min_batch: int
+    max_batch: int
+
+
+class _TensorCheck:
+    """Reads an engine's tensors and compares them with its spec; short-lived, because it holds the engine."""
 
     def __init__(self, library: Any, engine: Any, path: Path, info: PlanInfo) -> None:
         self._library, self._engine, self._path, self._info = library, engine, path, info
-        spec = info.spec
-        width, height = spec.input.size_wh
-        expected: dict[str, tuple[int, ...]] = {INPUT_NAME: (3, height, width)}
+
+    def tensors(self) -> _Tensors:
+        """Raises ModelError where they do not fit."""
+        info, engine = self._info, self._engine
+        width, height = info.spec.input.size_wh
+        outputs: dict[str, tuple[int, ...]] = {}
         if info.head == "map":
-            expected |= {MAP_NAME: (1, height, width), SCORE_NAME: ()}
+            outputs |= {MAP_NAME: (1, height, width), SCORE_NAME: ()}
         else:
-            for index, level in enumerate(spec.levels):
-                level_width, level_height = spec.level_wh(index)
+            for index, level in enumerate(info.spec.levels):
+                level_width, level_height = info.spec.level_wh(index)
                 for view in range(VIEWS):
                     for name in (target_name(view, index), reconstruction_name(view, index)):
-                        expected[name] = (level.channels, level_height, level_width)
+                        outputs[name] = (level.channels, level_height, level_width)
+        expected = {INPUT_NAME: (3, height, width), **outputs}
         names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
         if set(names) != set(expected):
             raise self._mismatch(f"tensors {sorted(expected)}", f"{sorted(names)}")
-        self.outputs = {name: shape for name, shape in expected.items() if name != INPUT_NAME}
         for name, shape in expected.items():
             self._check(name, shape)
-        self.input_dtype = self._dtype(INPUT_NAME)
-        output_dtypes = {self._dtype(name) for name in self.outputs}
-        if len(output_dtypes) > 1 or (info.head == "map" and output_dtypes != {np.dtype(np.float32)}):
+        dtypes = {self._dtype(name) for name in outputs}
+        if len(dtypes) > 1 or (info.head == "map" and dtypes != {np.dtype(np.float32)}):
             wanted = "float32 results" if info.head == "map" else "features of one type"
-            raise self._mismatch(wanted, str(sorted(map(str, output_dtypes))))
-        self.output_dtype = output_dtypes.pop()
-        shapes = engine.get_tensor_profile_shape(INPUT_NAME, 0)
-        self.min_batch, self.max_batch = int(shapes[0][0]), int(shapes[2][0])
+            raise self._mismatch(wanted, str(sorted(map(str, dtypes))))
+        smallest, _, largest = engine.get_tensor_profile_shape(INPUT_NAME, 0)
+        return _Tensors(outputs, self._dtype(INPUT_NAME), dtypes.pop(), int(smallest[0]), int(largest[0]))
 
     def _check(self, name: str, shape: tuple[int, ...]) -> None:
         library, engine = self._library, self._engine

@@ -39,10 +39,10 @@ pytest.importorskip("onnxsim", reason="needs the export extra")
 pytest.importorskip("tensorrt_rtx", reason="needs the tensorrt-rtx extra")
 
 from recontrast_export import build as build_module  # noqa: E402
-from recontrast_export.build import TOLERANCES, Gpu, build_engine  # noqa: E402
+from recontrast_export.build import TOLERANCES, Gpu, Result, build_engine  # noqa: E402
 from recontrast_export.onnx_export import build_onnx  # noqa: E402
 from recontrast_export.precision import read_calibration_images, to_precision  # noqa: E402
-from recontrast_export.trt import Library, Settings, load_library  # noqa: E402
+from recontrast_export.trt import Built, Library, Network, Settings, load_library  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -89,10 +89,15 @@ GRAPHS = [
 ]
 
 
+NEEDED_BYTES = {"wide_resnet50_2": 12e9}
+
+
 @pytest.mark.parametrize(("backbone", "head"), GRAPHS)
 def test_builds_in_every_precision_with_no_unexpected_type(
     backbone: str, head: str, models: Any, good: Path, library: Library
 ) -> None:
+    if os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") < NEEDED_BYTES.get(backbone, 0):
+        pytest.skip(f"needs {NEEDED_BYTES[backbone] / 1e9:g} GB of memory")
     source = onnx.load(models(backbone, head))
     spec = read_spec(models(backbone, head))
     images = read_calibration_images(good, spec.input)
@@ -225,7 +230,9 @@ def test_layers_are_reported(models: Any, tmp_path: Path) -> None:
 
 
 class FakeEngine:
-    """What a GPU would answer: the reference's results, off by a share of the map's range."""
+    """What a GPU would answer: the results of ``source``, off by a share of the map's range."""
+
+    source: Path
 
     def __init__(self, path: Path, off: float) -> None:
         from recontrast_edge.engines.onnx import OnnxEngine
@@ -233,9 +240,6 @@ class FakeEngine:
         self.info, _ = verify_plan(path)
         self._engine = OnnxEngine(FakeEngine.source, threads=1)
         self._off = off
-        self.closed = False
-
-    source: Path
 
     def infer(self, images: Any) -> Inference:
         found = self._engine.infer(images)
@@ -270,6 +274,52 @@ def test_where_a_gpu_is_the_engine_itself_must_pass(
     assert info.parity.engine is not None
     assert info.parity.engine.map_error == pytest.approx(off, rel=0.01)
     assert "was run on this machine's GPU" in info.parity.note
+
+
+class TimingLibrary:
+    """TensorRT as ``build_engine`` sees it: its builder wants a GPU and times kernels on it."""
+
+    flavor, version, has_timing_cache, is_portable = "tensorrt", "10.3.0.26", True, False
+
+    def __init__(self) -> None:
+        self.caches: list[bytes | None] = []
+
+    def check_sm(self, sm: int | None, local_capability: str | None) -> None:
+        assert local_capability == "8.7"
+
+    def parse(self, model: bytes) -> Network:
+        return Network("a network", "its builder")
+
+    def build(self, network: Network, settings: Settings, progress: Any) -> Built:
+        self.caches.append(settings.timing_cache)
+        known = settings.timing_cache in (b"", b"times")
+        return Built(b"a plan", b"times", cache_ignored=not known)
+
+
+def test_the_timing_cache_is_kept_beside_the_plan_and_used_again(
+    models: Any, data_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library, out = TimingLibrary(), tmp_path / "a.plan"
+    FakeEngine.source = models()
+    monkeypatch.setattr(build_module, "load_library", lambda flavor: library)
+    monkeypatch.setattr(build_module, "_local_gpu", lambda library: Gpu("Orin", "8.7"))
+    monkeypatch.setattr(build_module, "open_engine", lambda path: FakeEngine(path, 0.0))
+
+    def build(**options: Any) -> Result:
+        return build_engine(models(), out, precision="fp32", images=[data_folder], **options)
+
+    info = build().info
+    assert (info.flavor, info.compute_capability, info.gpu) == ("tensorrt", "8.7", "Orin")
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["a.plan", "a.plan.json", "a.plan.timing"]
+    cache = tmp_path / "a.plan.timing"
+    assert cache.read_bytes() == b"times"
+    assert len(build().notes) == 1
+    cache.write_bytes(b"damaged")
+    assert any("was damaged, or of another version or GPU" in note for note in build().notes)
+    assert cache.read_bytes() == b"times"
+    build(timing_cache=tmp_path / "line.timing")
+    assert (tmp_path / "line.timing").read_bytes() == b"times"
+    assert library.caches == [b"", b"times", b"damaged", b""]
 
 
 def test_an_engine_for_another_gpu_is_not_run_here(
