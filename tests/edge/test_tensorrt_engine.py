@@ -378,6 +378,8 @@ def test_whatever_tensorrt_refuses_while_opening(
         open_plan()
     assert library.driver.live == {}
     assert library.contexts_alive == 0
+    if call not in ("Runtime", "deserialize_cuda_engine"):
+        assert_torn_down_in_order(library.driver.calls)
 
 
 @pytest.mark.parametrize("function", ["cuGraphLaunch", "cuStreamSynchronize", "cuMemcpyDtoHAsync"])
@@ -406,6 +408,12 @@ def test_a_network_that_fails_between_frames(library: FakeTensorRt, open_plan: O
     np.testing.assert_allclose(engine.infer([image(2)]).maps, expected([image(2)], model())[0], atol=2e-3)
 
 
+def assert_torn_down_in_order(calls: list[str]) -> None:
+    """Execution contexts, then the engine, then the modules, then the CUDA context."""
+    assert "engine torn away" not in calls
+    assert calls.index("engine destroyed") < calls.index("cuModuleUnload") < calls.index("cuDevicePrimaryCtxRelease")
+
+
 def test_closed_is_closed_and_can_be_opened_again(library: FakeTensorRt, open_plan: Open) -> None:
     with open_plan() as engine:
         engine.infer([image(0)])
@@ -413,6 +421,7 @@ def test_closed_is_closed_and_can_be_opened_again(library: FakeTensorRt, open_pl
         engine.infer([image(0)])
     engine.close()
     assert library.driver.live == {}
+    assert_torn_down_in_order(library.driver.calls)
     again = open_plan()
     np.testing.assert_allclose(again.infer([image(0)]).maps, expected([image(0)], model())[0], atol=2e-3)
 
