@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from recontrast_edge.datasets import combined_sha256, file_sha256, find_dataset
-from recontrast_edge.errors import InputError, ModelError, UsageError
+from recontrast_edge.errors import InputError, ModelError, OutputError, UsageError
 from recontrast_edge.images import read_image
 from recontrast_edge.plan import Calibration, Precision
 from recontrast_edge.preprocess import preprocess
@@ -131,6 +131,7 @@ def to_precision(
         UsageError: the graph has another precision already, or calibration images are missing or have no use.
         ModelError: a weight that float16 cannot hold, or a graph that ONNX Runtime cannot quantise.
         InputError: a damaged calibration image.
+        OutputError: the folder of temporary files is full.
     """
     found = precision_of(model)
     if found not in ("fp32", precision):
@@ -197,10 +198,12 @@ def _quantise_convolutions(
     if model.opset_import[0].version < _QUANTIZE_FLOAT16_OPSET:
         model = onnx.version_converter.convert_version(model, _QUANTIZE_FLOAT16_OPSET)
     with tempfile.TemporaryDirectory(prefix="recontrast-edge-") as folder, _quiet_root_logger():
-        path = Path(folder) / "quantised.onnx"
+        source, path = Path(folder) / "source.onnx", Path(folder) / "quantised.onnx"
         try:
+            # A file, because older versions change a model in memory beyond use.
+            onnx.save(model, source)
             quantize_static(
-                model,
+                source,
                 path,
                 Reader(),
                 quant_format=QuantFormat.QDQ,
@@ -221,8 +224,10 @@ def _quantise_convolutions(
                 },
             )
             quantised = onnx.load(path)
-        except (InputError, OSError):
+        except InputError:
             raise
+        except OSError as error:
+            raise OutputError(f"{folder}: cannot write temporary files ({error.strerror or error})") from None
         # ONNX Runtime raises many types here, with no common base.
         except Exception as error:
             raise ModelError(f"ONNX Runtime cannot quantise the model ({_line(error)}); export it again") from None
