@@ -34,7 +34,6 @@ Head = Literal["map", "features"]
 MAX_BATCH = 1024
 
 BatchSize = Annotated[int, Field(ge=1, le=MAX_BATCH)]
-Count = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0.0)]
 Text = Annotated[str, Field(min_length=1, max_length=1000)]
 

@@ -224,7 +224,7 @@ class _Gate:
         except (ModelError, MissingError) as error:
             # A portable engine need not fit the GPU that happens to be here.
             if info.compute_capability is None:
-                return None, str(error)
+                return None, str(error)[:500]
             raise
         with engine:
             return self._check(f"{self._precision} engine on {gpu.name}", engine), None

@@ -435,6 +435,16 @@ def test_bad_arguments_are_refused_before_anything_is_built(
     assert sorted(tmp_path.iterdir()) == before
 
 
+def test_building_needs_no_torch() -> None:
+    """A Jetson need not have it."""
+    code = (
+        "import sys; import recontrast_export.build; "
+        "sys.exit(bool({'torch', 'recontrast_train', 'onnxsim', 'safetensors'} & set(sys.modules)))"
+    )
+    env = {"PYTHONPATH": os.pathsep.join(entry for entry in sys.path if entry)}
+    assert subprocess.run([sys.executable, "-c", code], env=env, check=False).returncode == 0
+
+
 # --- the command -----------------------------------------------------------------------------------------------------
 
 
