@@ -312,6 +312,8 @@ def measure(torch: Any, device: Device, name: str, batch: int, dtype_name: str, 
         }
         kernels.close()
 
+    # Else the shapes of earlier measurements count against the number of recompilations that are allowed.
+    torch.compiler.reset()
     ways: dict[str, Callable[[Features], Any] | None] = {
         "PyTorch eager, folded": eager_way(torch, levels),
         "torch.compile, folded": torch.compile(eager_way(torch, levels), dynamic=False),

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from recontrast_edge import bench as bench_module
 from recontrast_edge.cuda import CudaError, cuda_bindings
 from recontrast_edge.engines import open_engine, tensorrt
 from recontrast_edge.engines.tensorrt import GPU_STAGES, TensorRtEngine
@@ -327,6 +328,23 @@ def test_pycuda_does_the_same_without_graphs(
     for handle, kind in list(library.driver.live.items()):
         assert kind in ("stream", "event", "module")
         del library.driver.live[handle]
+
+
+def test_bench_measures_a_plan_with_its_stages_on_the_gpu(
+    library: FakeTensorRt, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("recontrast_edge.cuda.find_spec", lambda _name: True)
+    monkeypatch.setattr(bench_module, "THROUGHPUT_S", 0.0)
+    path = write_plan(tmp_path, model())
+    line = "synthetic://brushed-metal?fps=0&size=32x32"
+    settings = bench_module.Settings(frames=10, warmup=1, batches=(2,))
+    report, _ = bench_module.bench([str(path)], line, settings)
+    (entry,) = report["engines"]
+    assert "reference" not in entry["correctness"], "there is no model beside it"
+    assert set(GPU_STAGES) <= set(entry["gpu_stages_ms"])
+    assert {"wait", "stage", "infer", "decide", "total"} <= set(entry["latency_ms"])
+    assert not set(GPU_STAGES) & set(entry["latency_ms"]), "the timed engine records no events"
+    assert library.driver.live == {}
 
 
 # Failures.
