@@ -166,7 +166,11 @@ class _Resource:
 
 
 class DeviceMemory(_Resource):
-    """Memory on the GPU, aligned to 256 bytes."""
+    """Memory on the GPU, aligned to 256 bytes.
+
+    Attributes:
+        pointer, size_bytes: 0 once it is closed.
+    """
 
     def __init__(self, device: Device, size_bytes: int) -> None:
         self._handle, self.pointer = device._binding.allocate(size_bytes)
@@ -174,6 +178,7 @@ class DeviceMemory(_Resource):
         super().__init__(device)
 
     def _free(self) -> None:
+        self.pointer = self.size_bytes = 0
         self._device._binding.free(self._handle)
 
 
@@ -182,6 +187,7 @@ class PinnedMemory(_Resource):
 
     Attributes:
         array: (size_bytes,) uint8; must not be used after ``close``.
+        size_bytes: 0 once it is closed.
     """
 
     def __init__(self, device: Device, size_bytes: int) -> None:
@@ -190,6 +196,7 @@ class PinnedMemory(_Resource):
         super().__init__(device)
 
     def _free(self) -> None:
+        self.size_bytes = 0
         self._device._binding.free_pinned(self._handle)
 
 

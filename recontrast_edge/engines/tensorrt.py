@@ -476,7 +476,8 @@ class _Slot:
         ends = np.cumsum([_round_up(shape[0] * pitch, 256) for shape, pitch in zip(shapes, pitches, strict=True)])
         offsets = [0, *map(int, ends[:-1])]
         self._frames_bytes = int(ends[-1])
-        if self._frames_bytes > self._frames.size_bytes:
+        # Either may be closed, if there was no memory for a larger one.
+        if self._frames_bytes > min(self._frames.size_bytes, self._frames_host.size_bytes):
             self._frames.close()
             self._frames_host.close()
             self._frames = self._device.allocate(self._frames_bytes)

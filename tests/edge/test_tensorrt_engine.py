@@ -415,6 +415,19 @@ def test_a_failed_inference_is_an_error_and_the_next_one_begins_anew(
     assert library.driver.counts()["cuMemsetD8Async"] == 1
 
 
+@pytest.mark.parametrize("function", ["cuMemAlloc", "cuMemHostAlloc"])
+def test_a_frame_too_large_for_the_memory_costs_only_itself(
+    library: FakeTensorRt, open_plan: Open, function: str
+) -> None:
+    engine = open_plan()
+    small = image(0)
+    before = engine.infer([small])
+    library.driver.failures[function] = CUresult.CUDA_ERROR_OUT_OF_MEMORY
+    with pytest.raises(ModelError, match=rf"{function}: out of memory"):
+        engine.infer([image(1, width=200, height=150)])
+    np.testing.assert_array_equal(engine.infer([small]).maps, before.maps)
+
+
 def test_a_network_that_fails_between_frames(library: FakeTensorRt, open_plan: Open) -> None:
     library.capturable = False
     engine = open_plan()
