@@ -295,7 +295,6 @@ _PROBES: dict[str, _Probe] = {
     "torch": _Probe("torch", ("torch",), _torch),
     "tensorrt": _Probe("tensorrt", ("tensorrt",)),
     "tensorrt_rtx": _Probe("tensorrt_rtx", ("tensorrt-rtx", "tensorrt_rtx")),
-    "cuda_core": _Probe("cuda.core", ("cuda-core",)),
     "cuda_bindings": _Probe("cuda.bindings.driver", ("cuda-bindings",)),
     "pycuda": _Probe("pycuda.driver", ("pycuda",)),
     "onnxruntime": _Probe("onnxruntime", ("onnxruntime", "onnxruntime-gpu", "onnxruntime-openvino"), _onnxruntime),
@@ -416,7 +415,7 @@ def _capabilities(libraries: dict[str, Library], *, is_jetson: bool) -> tuple[Ca
             advice = f"{_extra('tensorrt')}, or for RTX desktop GPUs {_extra('tensorrt-rtx')}"
         no_tensorrt = (broken + advice,)
     no_binding: tuple[str, ...] = ()
-    if not (libraries["cuda_core"].ready and libraries["cuda_bindings"].ready) and not libraries["pycuda"].ready:
+    if not libraries["cuda_bindings"].ready and not libraries["pycuda"].ready:
         no_binding = (f"{_extra('gpu')}, or for PyCUDA {_extra('pycuda')}",)
     no_h264: tuple[str, ...] = ()
     pyav = libraries["pyav"]
