@@ -28,7 +28,7 @@ def _one_thread() -> None:
 
 @pytest.fixture(autouse=True, scope="session")
 def _ctrl_c_reaches_us() -> None:
-    """A shell starts background jobs with SIGINT ignored, and what they start inherits that; some tests press Ctrl-C."""
+    """Shells start background jobs with SIGINT ignored, and what they start inherits that; some tests press Ctrl-C."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
