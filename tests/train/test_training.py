@@ -259,23 +259,17 @@ def test_one_image_is_no_training_set(tmp_path: Path) -> None:
         train(options(tmp_path / "one", tmp_path / "run"))
 
 
+def train_command(data: Path, out: Path) -> list[str]:
+    """A training that writes a checkpoint every second."""
+    model = ("--backbone", "efficientnet_lite0", "--weights", "random", "--size", "64x64", "--batch", "2")
+    command = (sys.executable, "-m", "recontrast_edge", "train", str(data), "--out", str(out))
+    return [*command, *model, "--checkpoint-seconds", "1"]
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_the_command_stops_on_a_signal_and_resumes(data: Path, tmp_path: Path, number: signal.Signals) -> None:
     out = tmp_path / "run"
-    command = [
-        *(
-            sys.executable,
-            "-m",
-            "recontrast_edge",
-            "train",
-            str(data),
-            "--out",
-            str(out),
-            "--backbone",
-            "efficientnet_lite0",
-        ),
-        *("--weights", "random", "--size", "64x64", "--batch", "2", "--checkpoint-seconds", "1"),
-    ]
+    command = train_command(data, out)
     with subprocess.Popen([*command, "--iterations", "100000"], stderr=subprocess.PIPE, text=True) as process:
         deadline = time.monotonic() + 60
         while not (out / "checkpoint.safetensors").exists() and time.monotonic() < deadline:
@@ -292,20 +286,7 @@ def test_the_command_stops_on_a_signal_and_resumes(data: Path, tmp_path: Path, n
 
 def test_a_killed_training_leaves_a_whole_checkpoint(data: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    command = [
-        *(
-            sys.executable,
-            "-m",
-            "recontrast_edge",
-            "train",
-            str(data),
-            "--out",
-            str(out),
-            "--backbone",
-            "efficientnet_lite0",
-        ),
-        *("--weights", "random", "--size", "64x64", "--batch", "2", "--checkpoint-seconds", "1", "--iterations", "60"),
-    ]
+    command = [*train_command(data, out), "--iterations", "60"]
     with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
         deadline = time.monotonic() + 60
         while not (out / "checkpoint.safetensors").exists() and process.poll() is None and time.monotonic() < deadline:
