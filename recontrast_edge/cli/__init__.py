@@ -63,11 +63,6 @@ def main() -> None:
     except KeyboardInterrupt:
         typer.echo("interrupted", err=True)
         sys.exit(EXIT_INTERRUPTED)
-    except BrokenPipeError:
-        # The reader of our output went away (`| head`); that is its right. The null device keeps the interpreter's
-        # own last flush from failing again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
     except Exception:
         traceback.print_exc()
         typer.echo("error: this is a defect in recontrast-edge; please report it with the lines above", err=True)
