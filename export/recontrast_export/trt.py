@@ -20,7 +20,7 @@ from __future__ import annotations
 import json
 import re
 import threading
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
@@ -220,15 +220,27 @@ class Library:
         self.logger.errors.clear()
         # In a thread of its own, because signals interrupt only Python code of the main thread, and an exception that
         # they raised in a callback would end the process.
-        with ThreadPoolExecutor(max_workers=1) as pool:
-            future = pool.submit(network.builder.build_serialized_network, network.definition, config)
+        future: Future[Any] = Future()
+
+        def run() -> None:
             try:
-                # The kernel may deliver a signal to the library's threads, which does not wake this one up.
-                while wait([future], timeout=_INTERRUPT_POLL_S).not_done:
-                    pass
-            except KeyboardInterrupt:
-                cancelled.set()
-                raise
+                future.set_result(network.builder.build_serialized_network(network.definition, config))
+            except Exception as error:
+                future.set_exception(error)
+
+        # Not an executor's: Ctrl-C while it starts one makes it forget the thread, which then outlives the build.
+        thread = threading.Thread(target=run, name="TensorRT build")
+        try:
+            thread.start()
+            # The kernel may deliver a signal to the library's threads, which does not wake this one up.
+            while wait([future], timeout=_INTERRUPT_POLL_S).not_done:
+                pass
+        except KeyboardInterrupt:
+            cancelled.set()
+            raise
+        finally:
+            if thread.is_alive():
+                thread.join()
         if monitor.error is not None:
             raise monitor.error
         serialized = future.result()
