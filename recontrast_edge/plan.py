@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from recontrast_edge.errors import ModelError
 from recontrast_edge.images import atomic_write
-from recontrast_edge.spec import ModelSpec, Sha256
+from recontrast_edge.spec import ModelSpec, Sha256, check_version
 
 PLAN_FORMAT: Literal["recontrast-edge.plan"] = "recontrast-edge.plan"
 PLAN_VERSION: Literal[1] = 1
@@ -138,14 +138,7 @@ class PlanInfo(_Frozen):
         if not isinstance(body, dict) or body.get("format") != PLAN_FORMAT:
             found = body.get("format") if isinstance(body, dict) else type(body).__name__
             raise ModelError(f"{where}: expected format {PLAN_FORMAT!r}, got {found!r}; not the sidecar of an engine")
-        version = body.get("version")
-        if not isinstance(version, int) or isinstance(version, bool) or version < 1:
-            raise ModelError(f"{where}: version {version!r} is not a positive whole number; build the engine again")
-        if version > PLAN_VERSION:
-            raise ModelError(
-                f"{where}: version {version} is newer than this software reads ({PLAN_VERSION}); "
-                "upgrade recontrast-edge"
-            )
+        check_version(body, PLAN_VERSION, where=f"{where}: sidecar")
         spec = ModelSpec.loads(json.dumps(body.get("spec")), where=where)
         try:
             return cls.model_validate_json(json.dumps({**body, "spec": spec.model_dump(mode="json")}))

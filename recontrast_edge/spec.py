@@ -175,14 +175,7 @@ class ModelSpec(_Frozen):
             raise ModelError(f'{where}: expected {{"spec": {{...}}, "sha256": "..."}}; not a recontrast-edge spec')
         if body.get("format") != SPEC_FORMAT:
             raise ModelError(f"{where}: expected spec format {SPEC_FORMAT!r}, got {body.get('format')!r}")
-        version = body.get("version")
-        if not isinstance(version, int) or isinstance(version, bool) or version < 1:
-            raise ModelError(f"{where}: spec version {version!r} is not a positive whole number")
-        if version > SPEC_VERSION:
-            raise ModelError(
-                f"{where}: spec version {version} is newer than this software reads ({SPEC_VERSION}); "
-                "upgrade recontrast-edge"
-            )
+        check_version(body, SPEC_VERSION, where=f"{where}: spec")
         if envelope["sha256"] != _digest(body):
             raise ModelError(
                 f"{where}: the spec was changed after it was written (its sha256 does not match). Change a threshold "
@@ -195,6 +188,21 @@ class ModelSpec(_Frozen):
             first = error.errors()[0]
             field = ".".join(str(part) for part in first["loc"]) or "spec"
             raise ModelError(f"{where}: spec field {field}: {first['msg']}; export or train the model again") from None
+
+
+def check_version(body: dict[str, Any], newest: int, *, where: str) -> None:
+    """Refuse a document whose ``version`` is no positive whole number, or greater than ``newest``.
+
+    Raises:
+        ModelError: with ``where`` naming the document.
+    """
+    version = body.get("version")
+    if not isinstance(version, int) or isinstance(version, bool) or version < 1:
+        raise ModelError(f"{where} version {version!r} is not a positive whole number; make the file again")
+    if version > newest:
+        raise ModelError(
+            f"{where} version {version} is newer than this software reads ({newest}); upgrade recontrast-edge"
+        )
 
 
 def _digest(body: dict[str, Any]) -> str:
