@@ -1,6 +1,7 @@
 # make demo    install the runtime into an environment of its own and watch frames being judged
 # make test    lint, types and all tests, in an environment with everything they need
 # make lint    the first two of these only
+# make soak    the tests that take minutes to hours; each one says which environment variable shortens it
 # make docs    write the generated pages of docs/ again
 # make demo-model   train the model that ships as `demo` again, from nothing (half an hour on two cores)
 # make clean   remove everything made here
@@ -12,7 +13,7 @@
 # ARGS="--frames 60"       more options for `recontrast-edge demo` (make demo) or `pytest` (make test)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint docs demo-model clean
+.PHONY: help demo test lint soak docs demo-model clean
 .DELETE_ON_ERROR:
 
 CANDIDATES := python3 python3.13 python3.12 python3.11 python3.10
@@ -37,6 +38,9 @@ lint: $(TEST_VENV)/installed
 	$(TEST_VENV)/bin/ruff check
 	$(TEST_VENV)/bin/ruff format --check
 	$(TEST_VENV)/bin/mypy
+
+soak: $(TEST_VENV)/installed
+	$(TEST_VENV)/bin/python -m pytest -m soak $(ARGS)
 
 docs: $(TEST_VENV)/installed
 	$(TEST_VENV)/bin/python -m recontrast_edge.cli.reference > build/cli.md && mv build/cli.md docs/cli.md

@@ -6,6 +6,7 @@ frame = Frame(frame_id=0, source="part.png", image=image, captured_s=time.monoto
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -17,12 +18,42 @@ Truth = Literal["good", "defect"]
 VerdictName = Literal["PASS", "REJECT", "FAULT"]
 
 
+@dataclass(frozen=True)
+class WebSpan:
+    """The stretch of a continuous web that an image shows; one image row is one line.
+
+    Attributes:
+        first_line: the image's top row, counted from 0 at the start of the web, lost lines included.
+        lines: as many as the image has rows.
+        line_pitch_mm: millimetres of web from one line to the next; None where it is not known.
+    """
+
+    first_line: int
+    lines: int
+    line_pitch_mm: float | None = None
+
+    def position_mm(self, line: int) -> float | None:
+        """Where a line of the web is, in millimetres from its start; None without a pitch."""
+        return None if self.line_pitch_mm is None else round(line * self.line_pitch_mm, 4)
+
+    def record(self) -> dict[str, Any]:
+        """As one JSON-able object, with the position of the first line and of the last."""
+        last_line = self.first_line + self.lines - 1
+        return {
+            "first_line": self.first_line,
+            "lines": self.lines,
+            "first_mm": self.position_mm(self.first_line),
+            "last_mm": self.position_mm(last_line),
+        }
+
+
 @dataclass(frozen=True, eq=False)
 class Frame:
     """One picture from a source, or the place of one that could not be had.
 
     Attributes:
-        frame_id: counts from 0 within a source, without gaps: also frames that are dropped or broken have one.
+        frame_id: counts from 0 within a source, without gaps: also frames that are dropped or broken have one. A jump
+            says how many were lost on the way, in the camera or its driver.
         source: where it came from: file path, or the source's URI with credentials masked.
         image: (H, W) mono or (H, W, 3) BGR uint8; None only where ``fault`` says why.
         captured_s: when it was there, on ``time.monotonic()``'s clock, in seconds.
@@ -32,6 +63,11 @@ class Frame:
         detail: a sentence for people about ``fault``.
         truth: known answer, from sources that know it.
         truth_mask: (H, W) bool, defect pixels, from sources that know it.
+        camera: name of the stream where a line has several.
+        camera_frame_id: the device's own id, unwrapped to a number that only rises.
+        camera_time_ns: the device's own timestamp, in nanoseconds on its own clock.
+        gate_s: when the part is at the reject gate, same clock as ``captured_s``.
+        web: of a continuous web: the stretch that the image shows.
     """
 
     frame_id: int
@@ -44,6 +80,11 @@ class Frame:
     detail: str | None = None
     truth: Truth | None = None
     truth_mask: NDArray[np.bool_] | None = None
+    camera: str | None = None
+    camera_frame_id: int | None = None
+    camera_time_ns: int | None = None
+    gate_s: float | None = None
+    web: WebSpan | None = None
 
 
 @dataclass(frozen=True)
@@ -57,6 +98,13 @@ class Region:
     area: int
     peak: float
 
+    def record(self, web: WebSpan | None) -> dict[str, Any]:
+        """As one JSON-able object; of a web also ``line`` and ``line_mm``, where on the web its top row is."""
+        if web is None:
+            return dict(vars(self))
+        line = web.first_line + self.y
+        return {**vars(self), "line": line, "line_mm": web.position_mm(line)}
+
 
 @dataclass(frozen=True, eq=False)
 class Judgement:
@@ -68,6 +116,7 @@ class Judgement:
         latency_ms: milliseconds a stage, and ``total`` from capture to verdict.
         fault: code, for FAULT only.
         detail: a sentence for people, for FAULT only.
+        decided_s: when the verdict was made, on ``time.monotonic()``'s clock.
     """
 
     frame: Frame
@@ -79,21 +128,83 @@ class Judgement:
     latency_ms: dict[str, float] = field(default_factory=dict)
     fault: str | None = None
     detail: str | None = None
+    decided_s: float | None = None
+
+    @property
+    def gate_in_ms(self) -> float | None:
+        """Milliseconds that were left until the gate when the verdict was made; negative: too late. None: no gate."""
+        if self.frame.gate_s is None or self.decided_s is None:
+            return None
+        return (self.frame.gate_s - self.decided_s) * 1e3
 
     def record(self) -> dict[str, Any]:
         """The judgement as one JSON-able object, as ``jsonl:`` writes it (``docs/artifacts.md``)."""
+        frame, gate_in_ms = self.frame, self.gate_in_ms
         return {
-            "frame_id": self.frame.frame_id,
-            "source": self.frame.source,
+            "frame_id": frame.frame_id,
+            "camera": frame.camera,
+            "source": frame.source,
             "verdict": self.verdict,
             "score": self.score,
             "threshold": self.threshold,
-            "regions": [vars(region) for region in self.regions],
+            "regions": [region.record(frame.web) for region in self.regions],
             "latency_ms": {stage: round(ms, 4) for stage, ms in self.latency_ms.items()},
             "fault": self.fault,
             "detail": self.detail,
-            "truth": self.frame.truth,
-            "part_id": self.frame.part_id,
+            "truth": frame.truth,
+            "part_id": frame.part_id,
+            "gate_in_ms": None if gate_in_ms is None else round(gate_in_ms, 3),
+            "camera_frame_id": frame.camera_frame_id,
+            "camera_time_ns": frame.camera_time_ns,
+            "web": None if frame.web is None else frame.web.record(),
+        }
+
+
+class SourceState(str, Enum):
+    """What a camera is doing; the value is the name in records."""
+
+    CONNECTING = "CONNECTING"
+    """Being opened, or waited for before the next try; no verdicts."""
+    RUNNING = "RUNNING"
+    """Frames come, and nothing is wrong with them."""
+    STALE = "STALE"
+    """Open, but no frame in time."""
+    FAULT = "FAULT"
+    """Frames come, but they cannot be right: frozen, dark, saturated, at a wrong rate."""
+    ENDED = "ENDED"
+    """Closed for good."""
+
+
+@dataclass(frozen=True)
+class StateChange:
+    """A camera went from one state to another.
+
+    Attributes:
+        camera: name of the stream; None where there is only one.
+        source: the source's URI, credentials masked.
+        fault: code of why, where the new state is not a good one; else None.
+        detail: a sentence for people about ``fault``.
+        time_s: when, on ``time.monotonic()``'s clock.
+    """
+
+    camera: str | None
+    source: str
+    before: SourceState
+    state: SourceState
+    time_s: float
+    fault: str | None = None
+    detail: str | None = None
+
+    def record(self) -> dict[str, Any]:
+        """The change as one JSON-able object; ``type`` tells it from the record of a frame."""
+        return {
+            "type": "state",
+            "camera": self.camera,
+            "source": self.source,
+            "before": self.before.value,
+            "state": self.state.value,
+            "fault": self.fault,
+            "detail": self.detail,
         }
 
 
@@ -105,6 +216,10 @@ class Source(Protocol):
     """A frame source. Its three outcomes besides a frame differ: timeout, end, error.
 
     ``read`` is called from one thread; ``close`` may be called from another and makes a waiting ``read`` return soon.
+    A source does not open itself again: ``recontrast_edge.supervise`` does. Opening one is therefore bounded by a
+    timeout, and raises SourceError only where trying again can help.
+
+    An optional ``counters: dict[str, int]`` (such as ``{"incomplete": 5, "lost": 2}``) ends up in the run's summary.
     """
 
     uri: str
@@ -129,7 +244,9 @@ class Source(Protocol):
 class Sink(Protocol):
     """Takes judgements, in order, from one thread.
 
-    A sink with ``needs_maps = False`` gets the maps of rejects, and other maps only where they cost nothing.
+    A sink with ``needs_maps = False`` gets the maps of rejects, and other maps only where they cost nothing. One with a
+    method ``write_state(change: StateChange)`` also gets the cameras' changes of state, in their place among the
+    judgements. An optional ``counters: dict[str, int]`` ends up in the run's summary.
     """
 
     uri: str
