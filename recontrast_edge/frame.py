@@ -5,6 +5,7 @@ frame = Frame(frame_id=0, source="part.png", image=image, captured_s=time.monoto
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, Literal, Protocol
@@ -26,15 +27,23 @@ class WebSpan:
         first_line: the image's top row, counted from 0 at the start of the web, lost lines included.
         lines: as many as the image has rows.
         line_pitch_mm: millimetres of web from one line to the next; None where it is not known.
+        first_column: the image's left edge, counted from 0 at the web's left edge, in pixels.
+        pixel_pitch_mm: millimetres of web from one column to the next; None where it is not known.
     """
 
     first_line: int
     lines: int
     line_pitch_mm: float | None = None
+    first_column: int = 0
+    pixel_pitch_mm: float | None = None
 
     def position_mm(self, line: int) -> float | None:
         """Where a line of the web is, in millimetres from its start; None without a pitch."""
         return None if self.line_pitch_mm is None else round(line * self.line_pitch_mm, 4)
+
+    def across_mm(self, column: int) -> float | None:
+        """Where a column of the web is, in millimetres from its left edge; None without a pitch."""
+        return None if self.pixel_pitch_mm is None else round(column * self.pixel_pitch_mm, 4)
 
     def record(self) -> dict[str, Any]:
         """As one JSON-able object, with the position of the first line and of the last."""
@@ -44,6 +53,7 @@ class WebSpan:
             "lines": self.lines,
             "first_mm": self.position_mm(self.first_line),
             "last_mm": self.position_mm(last_line),
+            "first_column": self.first_column,
         }
 
 
@@ -99,11 +109,17 @@ class Region:
     peak: float
 
     def record(self, web: WebSpan | None) -> dict[str, Any]:
-        """As one JSON-able object; of a web also ``line`` and ``line_mm``, where on the web its top row is."""
+        """As one JSON-able object; of a web also where on it its upper left corner is, along and across."""
         if web is None:
             return dict(vars(self))
-        line = web.first_line + self.y
-        return {**vars(self), "line": line, "line_mm": web.position_mm(line)}
+        line, column = web.first_line + self.y, web.first_column + self.x
+        return {
+            **vars(self),
+            "line": line,
+            "line_mm": web.position_mm(line),
+            "column": column,
+            "column_mm": web.across_mm(column),
+        }
 
 
 @dataclass(frozen=True, eq=False)
@@ -219,7 +235,9 @@ class Source(Protocol):
     A source does not open itself again: ``recontrast_edge.supervise`` does. Opening one is therefore bounded by a
     timeout, and raises SourceError only where trying again can help.
 
-    An optional ``counters: dict[str, int]`` (such as ``{"incomplete": 5, "lost": 2}``) ends up in the run's summary.
+    Optional attributes: ``counters: dict[str, int]`` (such as ``{"incomplete": 5, "lost": 2}``) ends up in the run's
+    summary; ``triggered = True`` says that frames come when a part or an encoder makes them, so that none for a while is
+    no fault.
     """
 
     uri: str
@@ -238,6 +256,25 @@ class Source(Protocol):
 
     def close(self) -> None:
         """Release everything; may be called again."""
+        ...
+
+
+class Merger(Protocol):
+    """Makes one verdict of several: of a web's tiles, or of the views of a part. Called from one thread at a time.
+
+    Between ``add`` and its verdict a judgement may be kept; what comes out may stand for several that went in.
+    """
+
+    def add(self, judgement: Judgement) -> Sequence[Judgement]:
+        """Take one judgement; returns the verdicts that are complete now, in order."""
+        ...
+
+    def expire(self, now_s: float) -> Sequence[Judgement]:
+        """What has waited long enough at ``now_s`` (``time.monotonic()``'s clock) and is decided without the rest."""
+        ...
+
+    def flush(self) -> Sequence[Judgement]:
+        """No more judgements come; returns the verdicts on everything that still waits."""
         ...
 
 
