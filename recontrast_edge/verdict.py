@@ -41,6 +41,8 @@ class Fault(str, Enum):
     INFERENCE_FAILED = "inference_failed", "the engine reported an error"
     NON_FINITE_SCORE = "non_finite_score", "score or anomaly map hold NaN or infinity"
     DEADLINE_MISSED = "deadline_missed", "the verdict came, or would have come, after the frame's deadline"
+    UNKNOWN_PRODUCT = "unknown_product", "no engine was named for this product"
+    VIEW_MISSING = "view_missing", "a camera that looks at the part gave no verdict in time"
     GATE_MISSED = "gate_missed", "the verdict came, or would have come, too late for the reject gate"
     FRAME_MISSED = "frame_missed", "mode `every`: the source went on before this frame could be taken"
     QUEUE_FULL = "queue_full", "mode `every`: the frame came while as many as allowed were waiting"
