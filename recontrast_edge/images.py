@@ -9,6 +9,7 @@ and 16 bits by rule.
 from __future__ import annotations
 
 import os
+import re
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -19,19 +20,38 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from recontrast_edge.errors import InputError, OutputError
+from recontrast_edge.errors import InputError, OutputError, UsageError
 from recontrast_edge.preprocess import Image
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".pgm", ".ppm"})
 
-MAX_PIXELS = 400_000_000
-"""Larger files are refused before they are decoded: nothing on a line makes them, and they would fill the memory."""
+MAX_PIXELS = 178_956_970
+"""Larger files are refused before they are decoded, as they could fill the memory; it is also Pillow's own limit.
+``RECONTRAST_MAX_PIXELS`` in the environment sets another one."""
+
+
+def max_pixels() -> int:
+    """The largest image that is decoded, in pixels.
+
+    Raises:
+        UsageError: the environment's value is no whole number above 0.
+    """
+    value = os.environ.get("RECONTRAST_MAX_PIXELS")
+    if value is None:
+        return MAX_PIXELS
+    if not re.fullmatch(r"[1-9][0-9]{0,14}", value):
+        raise UsageError(f"RECONTRAST_MAX_PIXELS={value!r}: expected a whole number of pixels above 0")
+    return int(value)
 
 
 def _decode(path: Path) -> Any:
     from PIL import Image as Pil
     from PIL import ImageOps, UnidentifiedImageError
 
+    limit = max_pixels()
+    if limit > MAX_PIXELS:
+        # Pillow refuses twice its own limit, whatever ours is.
+        Pil.MAX_IMAGE_PIXELS = limit
     if not path.exists():
         raise InputError(f"{path}: no such image")
     if path.is_dir():
@@ -43,8 +63,8 @@ def _decode(path: Path) -> Any:
             warnings.simplefilter("ignore", Pil.DecompressionBombWarning)
             with Pil.open(path) as picture:
                 width, height = picture.size
-                if width * height > MAX_PIXELS:
-                    raise InputError(f"{path}: {width}x{height} is more than {MAX_PIXELS} pixels; crop it first")
+                if width * height > limit:
+                    raise InputError(f"{path}: {width}x{height} is {_too_large(limit)}")
                 picture.load()
                 return ImageOps.exif_transpose(picture)
     except InputError:
@@ -53,12 +73,16 @@ def _decode(path: Path) -> Any:
         formats = ", ".join(sorted(IMAGE_SUFFIXES))
         raise InputError(f"{path}: not an image that can be read (expected one of {formats})") from None
     except Pil.DecompressionBombError:
-        raise InputError(f"{path}: more than {MAX_PIXELS} pixels; crop it first") from None
+        raise InputError(f"{path}: is {_too_large(limit)}") from None
     except MemoryError:
         raise InputError(f"{path}: too large for the memory of this machine") from None
     # Pillow's decoders raise several types on damaged files; all of them mean the same to the user.
     except (OSError, ValueError, SyntaxError, EOFError, IndexError, TypeError, ArithmeticError) as error:
         raise InputError(f"{path}: the image is damaged or cut off ({error})") from None
+
+
+def _too_large(limit: int) -> str:
+    return f"more than {limit} pixels; crop it first, or allow more by RECONTRAST_MAX_PIXELS in the environment"
 
 
 def read_image(path: Path) -> Image:

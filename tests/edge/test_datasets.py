@@ -43,8 +43,8 @@ def test_mvtec_layout(tiles: Path) -> None:
     dataset = find_dataset(tiles)
     assert dataset.name == "tiles"
     assert [sample.path.name for sample in dataset.training_samples()] == ["part1.png", "part2.png", "part10.png"]
-    found = [(sample.kind, sample.path.name, sample.mask_path and sample.mask_path.name) for sample in dataset.test]
-    assert found == [("good", "a.png", None), ("blob", "c.png", "c.png"), ("crack", "b.JPG", "b_mask.png")]
+    found = [(sample.kind, sample.path.name, [mask.name for mask in sample.mask_paths]) for sample in dataset.test]
+    assert found == [("good", "a.png", []), ("blob", "c.png", ["c.png"]), ("crack", "b.JPG", ["b_mask.png"])]
 
 
 def test_a_data_set_without_any_masks_is_fine_but_one_missing_mask_is_not(tiles: Path) -> None:
@@ -52,7 +52,7 @@ def test_a_data_set_without_any_masks_is_fine_but_one_missing_mask_is_not(tiles:
     with pytest.raises(InputError, match=r"b\.JPG: its mask is missing; expected .*crack/b_mask\.png"):
         find_dataset(tiles)
     (tiles / "ground_truth").rename(tiles.parent / "elsewhere")
-    assert all(sample.mask_path is None for sample in find_dataset(tiles).test_samples())
+    assert not any(sample.mask_paths for sample in find_dataset(tiles).test_samples())
 
 
 def test_plain_folder_is_recursive_and_in_natural_order(tmp_path: Path) -> None:
@@ -113,7 +113,7 @@ def test_wrong_layouts_show_the_expected_tree_and_what_was_found(tiles: Path) ->
     with pytest.raises(InputError, match="found OK"):
         find_dataset(tiles)
     (tiles / "train" / "OK").rename(tiles / "OK")
-    with pytest.raises(InputError, match=r"(?s)DATA/train/good/.*found: bad/, .*OK/.*in train: nothing"):
+    with pytest.raises(InputError, match=r"(?s)in train: nothing.*DATA/train/good/.*found in .*: bad/, .*OK/"):
         find_dataset(tiles)
 
 
