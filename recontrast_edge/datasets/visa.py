@@ -9,7 +9,7 @@ columns of ``split_csv/*.csv`` are object,split,label,image,mask; paths are rela
 from __future__ import annotations
 
 from collections import defaultdict
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from recontrast_edge.datasets.base import (
     Dataset,
@@ -68,6 +68,8 @@ def _split(path: Path, category: str | None) -> Dataset:
         if category not in (None, name):
             continue
         where = f"{path}, line {number}"
+        if PurePosixPath(row["image"]).parts[:1] != (name,):
+            raise InputError(f"{where}: expected an image of {name!r}, got {row['image']!r}")
         if split not in ("train", "test") or label not in ("normal", "anomaly"):
             raise InputError(
                 f"{where}: expected split train or test and label normal or anomaly, got {split!r} and {label!r}"

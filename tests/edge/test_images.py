@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image as Pil
 
-from recontrast_edge.errors import InputError, OutputError
+from recontrast_edge.errors import InputError, OutputError, UsageError
 from recontrast_edge.images import atomic_write, read_image, read_mask, write_image
 
 RNG = np.random.default_rng(0)
@@ -115,6 +115,21 @@ class TestRead:
         monkeypatch.setattr("recontrast_edge.images.MAX_PIXELS", 100)
         with pytest.raises(InputError, match="more than 100 pixels"):
             read_image(save(tmp_path / "i.png", Pil.fromarray(COLOUR)))
+
+    def test_the_limit_can_be_set(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        path = save(tmp_path / "i.png", Pil.new("1", (20_000, 9_000)))
+        with pytest.raises(InputError, match=r"more than 178956970 pixels; .*RECONTRAST_MAX_PIXELS"):
+            read_image(path)
+        monkeypatch.setattr(Pil, "MAX_IMAGE_PIXELS", Pil.MAX_IMAGE_PIXELS)
+        monkeypatch.setenv("RECONTRAST_MAX_PIXELS", "180000000")
+        assert read_image(path).shape == (9_000, 20_000)
+        monkeypatch.setenv("RECONTRAST_MAX_PIXELS", "100")
+        with pytest.raises(InputError, match="more than 100 pixels"):
+            read_image(path)
+        for wrong in ("", "0", "-1", "4e8", "lots", "9" * 5000):
+            monkeypatch.setenv("RECONTRAST_MAX_PIXELS", wrong)
+            with pytest.raises(UsageError, match="expected a whole number of pixels"):
+                read_image(path)
 
 
 class TestMask:
