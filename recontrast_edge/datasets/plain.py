@@ -35,22 +35,32 @@ def find_list(path: Path) -> Dataset:
     """
     if path.suffix.lower() in IMAGE_SUFFIXES:
         raise InputError(f"{path}: is an image; expected a folder of images or a text file that lists them")
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except UnicodeDecodeError:
-        raise InputError(f"{path}: is no UTF-8 text; expected one image path a line") from None
     images: list[Path] = []
-    for number, line in enumerate(lines, start=1):
-        entry = line.strip()
-        if not entry or entry.startswith("#"):
-            continue
+    for number, entry in list_entries(path):
         image = path.parent / entry
         if "\0" in entry or not image.is_file():
             raise InputError(
                 f"{path}, line {number}: no such image {entry!r} (paths are relative to the list's folder)"
             )
         images.append(image)
-    if not images:
-        raise InputError(f"{path}: lists no images; expected one image path a line")
     samples = tuple(Sample(image) for image in sorted(images, key=lambda image: natural_key(str(image))))
     return Dataset(path, path.stem, samples, (), expected=TREE)
+
+
+def list_entries(path: Path) -> list[tuple[int, str]]:
+    """Line number and text of each entry of a list: one a line, UTF-8, without empty lines and ``#`` comments.
+
+    Raises:
+        InputError: it cannot be read, is no text, or has no entry.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError:
+        raise InputError(f"{path}: is no UTF-8 text; expected one image path a line") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
+    stripped = ((number, line.strip()) for number, line in enumerate(lines, start=1))
+    entries = [(number, entry) for number, entry in stripped if entry and not entry.startswith("#")]
+    if not entries:
+        raise InputError(f"{path}: lists no images; expected one image path a line")
+    return entries

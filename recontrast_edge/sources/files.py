@@ -1,52 +1,77 @@
-"""Images from disk as frames: one file, or a folder in natural order.
+"""Images from disk as frames: one file, a folder in natural order, or those that a text file lists.
 
-frame = ImageSource(Path("tiles/test")).read(timeout_s=1.0)
+frame = open_images(Path("tiles/test")).read(timeout_s=1.0)
 """
 
 from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from recontrast_edge.datasets import GOOD, image_files
+from recontrast_edge.datasets.plain import list_entries
 from recontrast_edge.errors import InputError
 from recontrast_edge.frame import EndOfStream, Frame, Truth
 from recontrast_edge.images import read_image
 from recontrast_edge.verdict import Fault
 
 
-class ImageSource:
+def open_images(path: Path) -> ImageSource:
     """An image file, or the images of a folder and its subfolders.
 
-    In a folder a broken image does not end the stream: it becomes a frame without image, for a FAULT. Files that are
-    no images by their suffix are ignored. In an MVTec layout (``test/KIND``, ``train/good``) the truth is known, and
-    the masks in ``ground_truth`` are no frames.
-
-    Args:
-        path: an image, or a folder with at least one.
+    Files that are no images by their suffix are ignored, and so are the masks of an MVTec layout in ``ground_truth``.
 
     Raises:
         InputError: no images, or a single file that cannot be read.
     """
+    if not path.is_dir():
+        # One image is all that was asked for: if it is broken, that is an error and not a stream with a fault.
+        read_image(path)
+        return ImageSource(str(path), [path])
+    try:
+        paths = [image for image in image_files(path) if not _is_mask(image.relative_to(path), path)]
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
+    if not paths:
+        raise InputError(f"{path}: holds no images")
+    return ImageSource(str(path), paths)
+
+
+def open_list(uri: str) -> ImageSource:
+    """The images that a text file lists, in its order.
+
+    One path a line, UTF-8, relative to the list's folder; empty lines and lines that begin with ``#`` are skipped.
+
+    Args:
+        uri: ``list:FILE``.
+
+    Raises:
+        InputError: no text file, or one without entries.
+    """
+    path = Path(uri.removeprefix("list:"))
+    return ImageSource(uri, [path.parent / entry for _, entry in list_entries(path)])
+
+
+class ImageSource:
+    """Image files, one after the other.
+
+    One that is broken or missing does not end the stream: it becomes a frame without image, for a FAULT. In an MVTec
+    layout (``test/KIND``, ``train/good``) the truth is known.
+
+    Args:
+        uri: what they are called together.
+        paths: the images.
+    """
 
     live = False
 
-    def __init__(self, path: Path) -> None:
-        self.uri = str(path)
+    def __init__(self, uri: str, paths: Sequence[Path]) -> None:
+        self.uri = uri
+        self._paths = paths
         self._closed = threading.Event()
         self._next = 0
-        if path.is_dir():
-            try:
-                self._paths = [image for image in image_files(path) if not _is_mask(image.relative_to(path), path)]
-            except OSError as error:
-                raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
-            if not self._paths:
-                raise InputError(f"{path}: holds no images")
-        else:
-            # One image is all that was asked for: if it is broken, that is an error and not a stream with a fault.
-            read_image(path)
-            self._paths = [path]
 
     def read(self, timeout_s: float) -> Frame | None:
         """See ``Source.read``; never times out."""
@@ -57,7 +82,7 @@ class ImageSource:
         truth = truth_of(path)
         try:
             image = read_image(path)
-        except InputError as error:
+        except (InputError, OSError) as error:
             code = Fault.UNREADABLE_IMAGE.value
             return Frame(frame_id, str(path), None, time.monotonic(), fault=code, detail=str(error), truth=truth)
         return Frame(frame_id, str(path), image, time.monotonic(), truth=truth)

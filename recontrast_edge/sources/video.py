@@ -1,10 +1,11 @@
-"""Video files as frames, through PyAV.
+"""Video files as frames, through PyAV: as fast as they are read, or at their own pace as a camera would.
 
-frame = VideoSource(Path("belt.mp4")).read(timeout_s=1.0)
+frame = open_video(Path("belt.mp4"), "pace=realtime&loop=forever").read(timeout_s=1.0)
 """
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import threading
 import time
@@ -15,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from recontrast_edge.errors import SourceError
-from recontrast_edge.frame import EndOfStream, Frame
+from recontrast_edge.errors import SourceError, UsageError
+from recontrast_edge.frame import EndOfStream, Frame, Source
+from recontrast_edge.uri import parse_options, whole_option
 from recontrast_edge.verdict import Fault
 
 if TYPE_CHECKING:
@@ -24,6 +26,30 @@ if TYPE_CHECKING:
 
 SLACK_FRAMES = 1.5
 """Frame periods by which a video may end before the time its container promised: times are rounded."""
+
+
+def open_video(path: Path, query: str) -> Source:
+    """Open a video file.
+
+    Args:
+        path: the file.
+        query: ``pace=realtime`` (frames come at the video's own rate, and whoever comes late gets the newest),
+            ``loop=N`` (play it N times) or ``loop=forever``.
+
+    Raises:
+        UsageError: a bad option.
+        SourceError: not a video, no video stream in it, or damaged at its head.
+    """
+    what = f"source {f'{path}?{query}'!r}"
+    options = parse_options(what, query, ("pace", "loop"))
+    if options.get("pace", "realtime") != "realtime":
+        raise UsageError(
+            f"{what}: pace must be realtime, got {options['pace']!r}; leave it out to read as fast as can be"
+        )
+    loop = options.get("loop", "1")
+    times = None if loop == "forever" else whole_option(what, "loop", loop, low=1, high=10**9)
+    source: Source = VideoSource(path) if times == 1 else LoopedVideo(path, times)
+    return PacedSource(source) if "pace" in options else source
 
 
 class VideoSource:
@@ -91,7 +117,8 @@ class VideoSource:
                 code, detail = Fault.UNREADABLE_IMAGE.value, "the decoder reports a damaged frame"
                 return Frame(frame_id, self.uri, None, time.monotonic(), fault=code, detail=detail)
             image = np.ascontiguousarray(picture.to_ndarray(format="bgr24"))
-            return Frame(frame_id, self.uri, image, time.monotonic())
+            time_ns = None if picture.pts is None else round(picture.pts * picture.time_base * 10**9)
+            return Frame(frame_id, self.uri, image, time.monotonic(), camera_time_ns=time_ns)
 
     def _decode(self, container: InputContainer, stream: Any) -> Iterator[Any]:
         """All frames that can be had, None for a packet that cannot be decoded; then the container's error, if any."""
@@ -144,6 +171,131 @@ class VideoSource:
             container, self._container = self._container, None
         if container is not None:
             container.close()
+
+
+class LoopedVideo:
+    """A video file, again and again; ids and times go on rising.
+
+    Args:
+        path: the file.
+        times: how often; None is for ever.
+
+    Raises:
+        SourceError: as ``VideoSource``.
+    """
+
+    live = False
+
+    def __init__(self, path: Path, times: int | None) -> None:
+        self.uri = str(path)
+        self._path = path
+        self._left = times
+        self._lock = threading.Lock()
+        self._closed = False
+        self._video = VideoSource(path)
+        self._first_id = self._next_id = 0
+        self._first_ns = self._last_ns = 0
+        self._period_ns = 0
+
+    def read(self, timeout_s: float) -> Frame | None:
+        """See ``Source.read``; never times out."""
+        try:
+            frame = self._video.read(timeout_s)
+        except EndOfStream:
+            self._rewind()
+            frame = self._video.read(timeout_s)
+        assert frame is not None
+        frame_id = self._first_id + frame.frame_id
+        self._next_id = frame_id + 1
+        time_ns = None
+        if frame.camera_time_ns is not None:
+            time_ns = self._first_ns + frame.camera_time_ns
+            if frame.frame_id:
+                self._period_ns = time_ns - self._last_ns
+            self._last_ns = time_ns
+        return dataclasses.replace(frame, frame_id=frame_id, camera_time_ns=time_ns)
+
+    def _rewind(self) -> None:
+        with self._lock:
+            self._left = None if self._left is None else self._left - 1
+            if self._closed or self._left == 0:
+                raise EndOfStream
+            self._video.close()
+            self._video = VideoSource(self._path)
+            self._first_id = self._next_id
+            self._first_ns = self._last_ns + self._period_ns
+
+    def close(self) -> None:
+        """See ``Source.close``."""
+        with self._lock:
+            self._closed = True
+            self._video.close()
+
+
+class PacedSource:
+    """A recording that behaves as the camera did: each frame comes in its time, and none waits for anybody.
+
+    Args:
+        source: with ``camera_time_ns`` on its frames; one without comes right after the one before.
+    """
+
+    live = True
+
+    def __init__(self, source: Source) -> None:
+        self.uri = source.uri
+        self._source = source
+        self._closed = threading.Event()
+        self._ahead: Frame | None = None
+        self._due_s = 0.0
+        self._zero_s: float | None = None
+        """When the recording's time 0 was, on ``time.monotonic()``'s clock."""
+        self._outcome: Exception | None = None
+
+    def read(self, timeout_s: float) -> Frame | None:
+        """See ``Source.read``."""
+        give_up_s = time.monotonic() + timeout_s
+        newest: Frame | None = None
+        while True:
+            if self._closed.is_set():
+                raise EndOfStream
+            if self._ahead is None and not self._look_ahead():
+                if newest is None:
+                    assert self._outcome is not None
+                    raise self._outcome
+                return newest
+            now_s = time.monotonic()
+            wait_s = self._due_s - now_s
+            if wait_s <= 0:
+                newest, self._ahead = self._ahead, None
+            # Where decoding is slower than the recording, the newest will never be there.
+            if newest is not None and (wait_s > 0 or now_s > give_up_s):
+                return newest
+            if wait_s > 0:
+                self._closed.wait(min(wait_s, give_up_s - now_s))
+                if self._due_s > give_up_s:
+                    return None
+
+    def _look_ahead(self) -> bool:
+        """Decode the next frame and learn when it is due; False at the end."""
+        if self._outcome is None:
+            try:
+                frame = self._source.read(0.0)
+            except (EndOfStream, SourceError) as outcome:
+                self._outcome = outcome
+            else:
+                assert frame is not None
+                if frame.camera_time_ns is not None:
+                    time_s = frame.camera_time_ns / 1e9
+                    if self._zero_s is None:
+                        self._zero_s = time.monotonic() - time_s
+                    self._due_s = self._zero_s + time_s
+                self._ahead = dataclasses.replace(frame, captured_s=self._due_s or frame.captured_s)
+        return self._ahead is not None
+
+    def close(self) -> None:
+        """See ``Source.close``."""
+        self._closed.set()
+        self._source.close()
 
 
 @dataclass(frozen=True)
