@@ -1,0 +1,679 @@
+"""Line scan: a camera's blocks of lines become overlapping tiles of one continuous web.
+
+    source = open_source("pylon:?lines=2048&overlap=128&line_pitch_mm=0.05"); tile = source.read(timeout_s=1.0)
+
+Any source is a line source: its images are blocks, one row a line, one below the other without a gap. Tile ``k`` shows
+the lines from ``k * (lines - overlap)`` on. Lines that are lost on the way still count, so that every position stays
+right, and the tiles that should show them become FAULTs.
+
+A line is copied once, into the tile that it belongs to, and once more for each further tile that shows it. Tiles come
+from a pool: one is used again when nothing refers to it any more, so that it cannot change while it is judged.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import itertools
+import time
+import weakref
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from recontrast_edge.errors import InputError, SourceError, UsageError
+from recontrast_edge.frame import EndOfStream, Frame, Source, WebSpan
+from recontrast_edge.preprocess import Image, check_image
+from recontrast_edge.secrets import masked_uri
+from recontrast_edge.uri import number_option, parse_options, whole_option
+from recontrast_edge.verdict import Fault
+
+MAX_TILE_LINES = 65536
+MAX_COLUMNS = 64
+MAX_MERGE_LINES = 10**9
+MAX_LOST_LINES = 10**7
+"""A jump of the camera's ids over more lines than that is no loss, but an id that cannot be right."""
+
+FREE_TILES = 4
+"""Buffers the pool keeps for later; more are given back to the system."""
+
+Merge = Literal["tile", "length", "part"]
+"""What one verdict is about."""
+
+
+@dataclass(frozen=True)
+class LineScanOptions:
+    """How a web is divided; the options of a source's URI.
+
+    Attributes:
+        lines: height of a tile.
+        overlap: lines that a tile shares with the one before; less than ``lines``.
+        line_pitch_mm: millimetres of web from line to line; None: unknown.
+        pixel_pitch_mm: millimetres of web from column to column; None: unknown.
+        columns: tiles across the web.
+        column_overlap: pixels at least that neighbours across share; None: a sixteenth of the width over ``columns``.
+        parts: whether a change of the blocks' part id starts a part, and with it a new tile.
+        part_lines: length of a part. With ``parts``: what follows is no part, until the next id. Without: the web is
+            one part after the other.
+        merge: what one verdict is about.
+        merge_lines: length of the stretch that one verdict is about; set for ``merge="length"`` only.
+        encoder: lines come as the web moves, and a web may stand still.
+    """
+
+    lines: int
+    overlap: int
+    line_pitch_mm: float | None = None
+    pixel_pitch_mm: float | None = None
+    columns: int = 1
+    column_overlap: int | None = None
+    parts: bool = False
+    part_lines: int | None = None
+    merge: Merge = "tile"
+    merge_lines: int | None = None
+    encoder: bool = False
+
+    @classmethod
+    def parse(cls, what: str, query: str) -> LineScanOptions:
+        """From ``key=value&key=value``; ``lines`` must be among them.
+
+        Args:
+            what: the URI and what it stands for, for messages.
+
+        Raises:
+            UsageError: an unknown option, a value out of range, or options that contradict each other.
+        """
+        given = parse_options(what, query, OPTIONS)
+
+        def whole(key: str, low: int, high: int) -> int | None:
+            return whole_option(what, key, given[key], low=low, high=high) if key in given else None
+
+        def pitch(key: str) -> float | None:
+            return number_option(what, key, given[key], low=1e-6, high=1e3) if key in given else None
+
+        def choice(key: str, choices: tuple[_Choice, ...], default: _Choice) -> _Choice:
+            for known in choices:
+                if given.get(key, default) == known:
+                    return known
+            raise UsageError(f"{what}: {key} must be one of {', '.join(choices)}, got {given[key]!r}")
+
+        lines = whole("lines", 1, MAX_TILE_LINES)
+        assert lines is not None
+        overlap = whole("overlap", 0, lines - 1)
+        merges: tuple[Merge, ...] = ("tile", "length", "part")
+        options = cls(
+            lines=lines,
+            overlap=lines // 16 if overlap is None else overlap,
+            line_pitch_mm=pitch("line_pitch_mm"),
+            pixel_pitch_mm=pitch("pixel_pitch_mm"),
+            columns=whole("columns", 1, MAX_COLUMNS) or 1,
+            column_overlap=whole("column_overlap", 0, MAX_TILE_LINES),
+            parts=choice("part", ("id", "none"), "none") == "id",
+            part_lines=whole("part_lines", 1, MAX_MERGE_LINES),
+            merge=choice("merge", merges, "tile"),
+            merge_lines=whole("merge_lines", 1, MAX_MERGE_LINES),
+            encoder=choice("encoder", ("0", "1"), "0") == "1",
+        )
+        if (options.merge == "length") != (options.merge_lines is not None):
+            raise UsageError(f"{what}: merge=length and merge_lines=N belong together")
+        if options.merge == "part" and not options.parts and options.part_lines is None:
+            raise UsageError(f"{what}: merge=part needs part=id or part_lines=N, which say where a part begins")
+        if options.parts and options.part_lines is not None and options.part_lines < lines:
+            raise UsageError(f"{what}: part_lines={options.part_lines} is shorter than a tile of lines={lines}")
+        if options.column_overlap is not None and options.columns == 1:
+            raise UsageError(f"{what}: column_overlap needs columns=N")
+        return options
+
+
+_Choice = TypeVar("_Choice", bound=str)
+
+OPTIONS = (
+    "lines",
+    "overlap",
+    "line_pitch_mm",
+    "pixel_pitch_mm",
+    "columns",
+    "column_overlap",
+    "part",
+    "part_lines",
+    "merge",
+    "merge_lines",
+    "encoder",
+)
+"""Options of a source's URI that are taken out before the source itself sees it."""
+
+
+@dataclass(frozen=True)
+class TileSpan(WebSpan):
+    """Where a tile is, and what is still to come.
+
+    Attributes:
+        web: number of the web; each opened source has another one.
+        columns: width of the tile, in pixels.
+        web_columns: width of the web, in pixels.
+        settled_line: the lines before it have been shown, and will not be again; but by the last tile of all.
+        part_line: where the tile's part begins; 0 without parts.
+        ends_part: no later tile belongs to this tile's part.
+    """
+
+    web: int = 0
+    columns: int = 0
+    web_columns: int = 0
+    settled_line: int = 0
+    part_line: int = 0
+    ends_part: bool = False
+
+
+_webs = itertools.count()
+
+
+@dataclass(frozen=True, eq=False)
+class Tile:
+    """A stretch of the web, over its full width.
+
+    Attributes:
+        first_line: counted from the start of the web.
+        lines: number of lines.
+        image: (lines, W) or (lines, W, 3), read-only; None where lines were lost, or there are too few for a tile.
+        lost: how many of the lines were lost.
+        settled_line: the lines before it have been shown, and will not be again; but by the tile that ``end`` makes.
+    """
+
+    first_line: int
+    lines: int
+    image: NDArray[Any] | None
+    lost: int
+    settled_line: int
+
+
+class LineAssembler:
+    """Blocks of lines in, overlapping tiles out; neither loses nor doubles a line.
+
+        for tile in LineAssembler(lines=2048, overlap=128).add(block): ...
+
+    Args:
+        lines: height of a tile.
+        overlap: lines that a tile shares with the one before; less than ``lines``.
+    """
+
+    def __init__(self, *, lines: int, overlap: int) -> None:
+        self._lines = lines
+        self._step = lines - overlap
+        self._pool: BufferPool | None = None
+        self._buffer: NDArray[Any] = np.empty(0, np.uint8)
+        self._previous: NDArray[Any] = self._buffer
+        self._lost: deque[tuple[int, int]] = deque()
+        """Stretches (first line, line after the last) that were lost, as far back as a tile can still show them."""
+        self._start_line = 0
+        """Where this row of tiles begins."""
+        self._tile_line = 0
+        """Where the tile begins that is being filled."""
+        self.next_line = 0
+        """Number of the next line that comes."""
+
+    def add(self, block: NDArray[Any]) -> list[Tile]:
+        """Take the next lines; returns the tiles that are complete with them.
+
+        Args:
+            block: (n, W) or (n, W, 3); copied. The first one settles the width and the type of all.
+
+        Raises:
+            SourceError: a block of another width or another number of channels.
+        """
+        if self._pool is None:
+            self._pool = BufferPool((self._lines, *block.shape[1:]), block.dtype)
+            self._buffer = self._pool.take()
+        if block.shape[1:] != self._buffer.shape[1:] or block.dtype != self._buffer.dtype:
+            expected = f"{self._buffer.dtype} {self._buffer.shape[1:]}"
+            raise SourceError(
+                f"line {self.next_line}: expected lines of {expected} as before, got {block.dtype} {block.shape[1:]}; "
+                "the camera's width and pixel format must not change while it runs"
+            )
+        tiles: list[Tile] = []
+        row = 0
+        while row < len(block):
+            filled = self.next_line - self._tile_line
+            count = min(len(block) - row, self._lines - filled)
+            self._buffer[filled : filled + count] = block[row : row + count]
+            self.next_line += count
+            row += count
+            if filled + count == self._lines:
+                tiles.append(self._complete(self._pool))
+        return tiles
+
+    def _complete(self, pool: BufferPool) -> Tile:
+        image, first_line = self._buffer, self._tile_line
+        self._buffer = pool.take()
+        self._buffer[: self._lines - self._step] = image[self._step :]
+        self._previous = image
+        self._tile_line += self._step
+        return self._tile(first_line, image)
+
+    def _tile(self, first_line: int, image: NDArray[Any]) -> Tile:
+        image.flags.writeable = False
+        lost = self._lost_within(first_line, first_line + self._lines)
+        return Tile(first_line, self._lines, None if lost else image, lost, self._tile_line)
+
+    def _lost_within(self, first_line: int, end_line: int) -> int:
+        while self._lost and self._lost[0][1] <= first_line:
+            self._lost.popleft()
+        return sum(max(0, min(end, end_line) - max(first, first_line)) for first, end in self._lost)
+
+    def skip(self, lines: int) -> list[Tile]:
+        """Count lines that were lost; returns the tiles they end, one for all that would show nothing else."""
+        if lines <= 0:
+            return []
+        first_lost, end_lost = self.next_line, self.next_line + lines
+        self._lost.append((first_lost, end_lost))
+        self.next_line = end_lost
+        tiles: list[Tile] = []
+        while self._tile_line < first_lost and self._tile_line + self._lines <= end_lost:
+            first_line = self._tile_line
+            self._tile_line += self._step
+            lost = self._lost_within(first_line, first_line + self._lines)
+            tiles.append(Tile(first_line, self._lines, None, lost, self._tile_line))
+        whole = (end_lost - self._tile_line - self._lines) // self._step + 1
+        if whole > 0:
+            first_line, length = self._tile_line, (whole - 1) * self._step + self._lines
+            self._tile_line += whole * self._step
+            tiles.append(Tile(first_line, length, None, length, self._tile_line))
+        return tiles
+
+    def end(self) -> list[Tile]:
+        """End the row of tiles; the next line begins a new one.
+
+        Returns:
+            The tile for the lines that no tile has shown yet, if there are any: it ends with the last line and reaches
+            back as far as it must. Without image where the whole row is shorter than a tile.
+        """
+        start_line, end_line = self._start_line, self.next_line
+        shown_line = self._tile_line - self._step + self._lines if self._tile_line > start_line else start_line
+        first_line = max(start_line, end_line - self._lines)
+        filled = end_line - self._tile_line
+        # Lines before the tile that is being filled: the one before still has them.
+        before = self._tile_line - first_line
+        self._start_line = self._tile_line = end_line
+        if shown_line >= end_line:
+            return []
+        lost = self._lost_within(first_line, end_line)
+        if lost or end_line - first_line < self._lines or self._pool is None:
+            return [Tile(first_line, end_line - first_line, None, lost, end_line)]
+        image = self._pool.take()
+        image[:before] = self._previous[self._step - before : self._step]
+        image[before:] = self._buffer[:filled]
+        return [self._tile(first_line, image)]
+
+    def pass_over(self, lines: int) -> None:
+        """Count lines that lie between two rows of tiles; only right after ``end``."""
+        self.next_line += lines
+        self._start_line = self._tile_line = self.next_line
+
+
+class BufferPool:
+    """Arrays of one shape whose memory is used again as soon as nothing refers to them any more.
+
+        image = BufferPool((2048, 4096), np.dtype(np.uint8)).take()
+
+    Views count as references, whoever holds them: NumPy gives each view the array that ``take`` made as its base.
+    """
+
+    def __init__(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
+        self._shape = shape
+        self._dtype = dtype
+        self._bytes = int(np.prod(shape)) * dtype.itemsize
+        self._free: deque[NDArray[np.uint8]] = deque(maxlen=FREE_TILES)
+
+    def take(self) -> NDArray[Any]:
+        """A writable array with whatever values."""
+        try:
+            memory = self._free.pop()
+        except IndexError:
+            memory = np.empty(self._bytes, np.uint8)
+        # Through a memoryview: views of a view of an array would refer to the memory itself, past the array in between.
+        array = np.frombuffer(memoryview(memory), self._dtype)  # type: ignore[arg-type]
+        weakref.finalize(array, self._free.append, memory).atexit = False
+        return array.reshape(self._shape)
+
+
+class LineScanSource:
+    """A source of tiles, over any source of blocks.
+
+    Every tile is a frame whose ``web`` is a ``TileSpan``; its time, camera id and camera time are those of the block
+    that completed it. A tile that should show lost lines is a frame without image, with fault ``lines_missed``; one
+    frame stands for all tiles in a row that would show nothing but lost lines, and for the whole width.
+
+    Blocks are lost where ``camera_frame_id`` (or ``frame_id``, where the camera has none) jumps, and where a block came
+    broken. A lost block counts as many lines as the tallest one so far. The web begins with the first good block.
+
+    Args:
+        source: its images are blocks; closed with this one.
+        options: how the web is divided.
+        uri: of both together, credentials masked.
+
+    Attributes:
+        options: as given.
+        heard_s: when the last block came, good or broken, on ``time.monotonic()``'s clock; None: none yet. Tiles come
+            later than blocks, so this tells a dead camera sooner than they do.
+        triggered: the lines come from an encoder, so that none for however long is no fault.
+    """
+
+    def __init__(self, source: Source, options: LineScanOptions, uri: str) -> None:
+        self.uri = uri
+        self.live = source.live
+        self.options = options
+        self.heard_s: float | None = None
+        self.triggered = options.encoder
+        self._source = source
+        self._web = next(_webs)
+        self._assembler = LineAssembler(lines=options.lines, overlap=options.overlap)
+        self._columns: list[tuple[int, int]] = []
+        """First column and width of each tile across."""
+        self._web_columns = 0
+        self._block_lines = 0
+        self._ready: deque[Frame] = deque()
+        self._held: list[Frame] = []
+        """Frames of which it is not known yet whether they are their part's last."""
+        self._masks: deque[tuple[int, NDArray[np.bool_]]] = deque()
+        self._next_id = 0
+        self._last_block: Frame | None = None
+        self._part_id: str | None = None
+        self._part_line = 0
+        """Where the part began."""
+        self._between_parts = options.parts
+        self._lines_lost = 0
+        self._lines_between_parts = 0
+        self._ended = False
+        self._closed = False
+
+    @property
+    def counters(self) -> dict[str, int]:
+        """Lines so far, with those of the source itself (blocks)."""
+        return {
+            **getattr(self._source, "counters", {}),
+            "lines": self._assembler.next_line,
+            "lines_lost": self._lines_lost,
+            "lines_between_parts": self._lines_between_parts,
+        }
+
+    def read(self, timeout_s: float) -> Frame | None:
+        """See ``Source.read``.
+
+        Raises:
+            SourceError: also for a block of another width or pixel format than before, and for ids that do not rise.
+            UsageError: more columns or column overlap than the web is wide.
+        """
+        deadline_s = time.monotonic() + timeout_s
+        while not self._ready:
+            if self._ended:
+                raise EndOfStream
+            try:
+                block = self._source.read(max(0.0, deadline_s - time.monotonic()))
+            except EndOfStream:
+                if self._closed:
+                    raise
+                self._finish()
+                continue
+            if block is None:
+                return None
+            self.heard_s = time.monotonic()
+            self._take(block)
+            if not self._ready and time.monotonic() >= deadline_s:
+                return None
+        return self._ready.popleft()
+
+    def close(self) -> None:
+        """See ``Source.close``."""
+        self._closed = True
+        self._source.close()
+
+    def _take(self, block: Frame) -> None:
+        lost_blocks = self._lost_before(block)
+        self._last_block = block
+        image, detail = (None, block.detail or block.fault) if block.fault else (block.image, None)
+        if image is not None:
+            try:
+                check_image(image)
+            except InputError as error:
+                image, detail = None, str(error)
+        if not self._block_lines:
+            if image is None:
+                self._put(dataclasses.replace(block, image=None, fault=block.fault or Fault.INVALID_IMAGE.value))
+                return
+            self._lay_out(image.shape[1])
+            lost_blocks = 0
+        if image is None:
+            lost_blocks += 1
+        else:
+            self._block_lines = max(self._block_lines, len(image))
+        lost_lines = lost_blocks * self._block_lines
+        if lost_lines > MAX_LOST_LINES:
+            raise SourceError(
+                f"{self.uri}: {lost_blocks} blocks are missing by the camera's frame ids, more than can be right; the "
+                "camera has to be opened anew"
+            )
+        if lost_lines:
+            self._lose(lost_lines, block, detail)
+        if self.options.parts and block.part_id not in (None, self._part_id):
+            self._begin_part(block, lost_lines)
+        elif lost_lines and self._between_parts:
+            self._miss_between(block, lost_lines)
+        if image is not None:
+            self._add(image, block)
+
+    def _lost_before(self, block: Frame) -> int:
+        """Blocks that are missing between the last one and this one."""
+        last = self._last_block
+        if last is None:
+            return 0
+        if last.camera_frame_id is not None and block.camera_frame_id is not None:
+            before, now = last.camera_frame_id, block.camera_frame_id
+        else:
+            before, now = last.frame_id, block.frame_id
+        if now <= before:
+            raise SourceError(f"{self.uri}: expected a frame id above {before}, got {now}; ids must rise")
+        return now - before - 1
+
+    def _lay_out(self, width: int) -> None:
+        """Divide the width of the web."""
+        options, count = self.options, self.options.columns
+        overlap = width // count // 16 if options.column_overlap is None else options.column_overlap
+        if overlap >= width or count > width:
+            raise UsageError(
+                f"{self.uri}: expected columns and column_overlap below the width of {width} pixels, got {count} and "
+                f"{overlap}"
+            )
+        columns = -(-(width + (count - 1) * overlap) // count)
+        self._columns = [(index * (width - columns) // max(count - 1, 1), columns) for index in range(count)]
+        self._web_columns = width
+
+    # A tile is held until it is known whether it is its part's last: where the part's length is given, that is at once,
+    # else the next block tells.
+
+    def _add(self, image: Image, block: Frame) -> None:
+        inside = self._within_part(len(image))
+        if inside:
+            self._release()
+            if block.truth_mask is not None:
+                self._masks.append((self._assembler.next_line, block.truth_mask[:inside]))
+            self._hold(self._assembler.add(image[:inside]), block, None)
+            self._settle(block)
+        self._pass_over(len(image) - inside)
+
+    def _lose(self, lines: int, block: Frame, detail: str | None) -> None:
+        inside = self._within_part(lines)
+        self._lines_lost += lines
+        if inside:
+            self._release()
+            self._hold(self._assembler.skip(inside), block, detail)
+            self._settle(block)
+        self._pass_over(lines - inside)
+
+    def _within_part(self, lines: int) -> int:
+        """How many of the next lines belong to the part that is running."""
+        if self._between_parts:
+            return 0
+        if not self.options.parts or self.options.part_lines is None:
+            return lines
+        return min(lines, self._part_line + self.options.part_lines - self._assembler.next_line)
+
+    def _pass_over(self, lines: int) -> None:
+        if lines:
+            self._lines_between_parts += lines
+            self._assembler.pass_over(lines)
+
+    def _settle(self, block: Frame) -> None:
+        if self.options.parts and self.options.part_lines is None:
+            return
+        if self.options.parts and self._assembler.next_line - self._part_line == self.options.part_lines:
+            self._end_part(block)
+        self._release()
+
+    def _begin_part(self, block: Frame, lost_lines: int) -> None:
+        self._end_part(block)
+        self._between_parts = False
+        self._part_id = block.part_id
+        self._part_line = self._assembler.next_line
+        if lost_lines:
+            self._miss_before(block, lost_lines, f"part {block.part_id} may have begun")
+
+    def _miss_between(self, block: Frame, lost_lines: int) -> None:
+        self._miss_before(block, lost_lines, "a part may have begun")
+        self._release()
+
+    def _miss_before(self, block: Frame, lost_lines: int, what: str) -> None:
+        line = self._assembler.next_line
+        tile = Tile(line - lost_lines, lost_lines, None, lost_lines, line)
+        self._held.append(self._missed(tile, block, f"{what} within {lost_lines} lines that were lost"))
+
+    def _end_part(self, block: Frame) -> None:
+        """Show the rest of the part, and say that it was the last of it."""
+        if self._between_parts:
+            return
+        self._hold(self._assembler.end(), block, None)
+        expected, line = self.options.part_lines, self._assembler.next_line
+        if expected is not None and line - self._part_line < expected:
+            tile = Tile(self._part_line, line - self._part_line, None, 0, line)
+            self._held.append(self._missed(tile, block, f"the part ended after {tile.lines} of {expected} lines"))
+        if self._held:
+            last = self._held[-1]
+            assert isinstance(last.web, TileSpan)
+            self._held[-1] = dataclasses.replace(last, web=dataclasses.replace(last.web, ends_part=True))
+        self._release()
+        self._between_parts = True
+
+    def _finish(self) -> None:
+        """The source ended, and with it the web."""
+        if self._last_block is not None and self._block_lines:
+            if self.options.parts:
+                self._end_part(self._last_block)
+            else:
+                self._hold(self._assembler.end(), self._last_block, None)
+        self._release()
+        self._ended = True
+
+    def _hold(self, tiles: list[Tile], block: Frame, detail: str | None) -> None:
+        for tile in tiles:
+            if tile.image is None:
+                why = f"{tile.lost} of {tile.lines} lines were lost" + (f" ({detail})" if detail else "")
+                short = f"the web or part ended after {tile.lines} lines; a tile needs {self.options.lines}"
+                self._held.append(self._missed(tile, block, why if tile.lost else short))
+                continue
+            mask = None if block.truth_mask is None else self._truth_mask(tile)
+            for first_column, columns in self._columns:
+                part = slice(first_column, first_column + columns)
+                last = (first_column, columns) == self._columns[-1]
+                frame = dataclasses.replace(
+                    self._frame(block),
+                    image=tile.image[:, part],
+                    web=self._span(tile, first_column, columns, tile.settled_line if last else tile.first_line),
+                    truth=None if mask is None else ("defect" if mask[:, part].any() else "good"),
+                    truth_mask=None if mask is None else mask[:, part],
+                )
+                self._held.append(frame)
+
+    def _release(self) -> None:
+        for frame in self._held:
+            self._put(frame)
+        self._held.clear()
+
+    def _put(self, frame: Frame) -> None:
+        self._ready.append(dataclasses.replace(frame, frame_id=self._next_id))
+        self._next_id += 1
+
+    def _missed(self, tile: Tile, block: Frame, detail: str) -> Frame:
+        span = self._span(tile, 0, self._web_columns, tile.settled_line)
+        return dataclasses.replace(self._frame(block), fault=Fault.LINES_MISSED.value, detail=detail, web=span)
+
+    def _frame(self, block: Frame) -> Frame:
+        """What a block says of the tiles that it completes."""
+        part_id = None if self._between_parts else self._part_id
+        return dataclasses.replace(
+            block, image=None, fault=None, detail=None, truth=None, truth_mask=None, part_id=part_id
+        )
+
+    def _span(self, tile: Tile, first_column: int, columns: int, settled_line: int) -> TileSpan:
+        return TileSpan(
+            first_line=tile.first_line,
+            lines=tile.lines,
+            line_pitch_mm=self.options.line_pitch_mm,
+            first_column=first_column,
+            pixel_pitch_mm=self.options.pixel_pitch_mm,
+            web=self._web,
+            columns=columns,
+            web_columns=self._web_columns,
+            settled_line=settled_line,
+            part_line=self._part_line,
+        )
+
+    def _truth_mask(self, tile: Tile) -> NDArray[np.bool_]:
+        mask = np.zeros((tile.lines, self._web_columns), np.bool_)
+        while self._masks and self._masks[0][0] + len(self._masks[0][1]) <= tile.first_line:
+            self._masks.popleft()
+        for line, rows in self._masks:
+            first, end = max(line, tile.first_line), min(line + len(rows), tile.first_line + tile.lines)
+            mask[first - tile.first_line : end - tile.first_line] = rows[first - line : end - line]
+        return mask
+
+
+def open_line_source(uri: str, open_blocks: Callable[[str], Source]) -> LineScanSource:
+    """Open a source of tiles.
+
+    Args:
+        uri: of the source of blocks, with the line-scan options in its query; those are taken out.
+        open_blocks: opens what is left.
+
+    Raises:
+        UsageError: an option that is unknown, out of range, or contradicts another.
+    """
+    options = line_options(uri)
+    if options is None:
+        raise UsageError(f"source {masked_uri(uri)!r}: lines=N is missing, the height of a tile")
+    head, _, query = uri.partition("?")
+    others = [item for item in query.split("&") if _key(item) not in OPTIONS]
+    try:
+        source = open_blocks("?".join(filter(None, [head, "&".join(others)])))
+    except UsageError as error:
+        near = [match for item in others for match in difflib.get_close_matches(_key(item), OPTIONS, 1)]
+        if not near:
+            raise
+        raise UsageError(f"{error}; as an option of line scan, did you mean {near[0]!r}?") from None
+    return LineScanSource(source, options, masked_uri(uri))
+
+
+def line_options(uri: str) -> LineScanOptions | None:
+    """How a source's URI asks for tiles of a web; None where it has no option ``lines``.
+
+    Raises:
+        UsageError: an option that is out of range, or contradicts another.
+    """
+    ours = [item for item in uri.partition("?")[2].split("&") if _key(item) in OPTIONS]
+    if "lines" not in map(_key, ours):
+        return None
+    return LineScanOptions.parse(f"source {masked_uri(uri)!r}", "&".join(ours))
+
+
+def _key(item: str) -> str:
+    return item.partition("=")[0]
