@@ -126,6 +126,19 @@ def percent(share: float) -> str:
     return f"{100 * share:.3g} %" if share < 0.99 else f"{100 * share:.10g} %"
 
 
+def promise_in_words(threshold: Threshold) -> tuple[str, str] | None:
+    """What a calibrated threshold promises, and under which conditions, a sentence each; None for one set by hand."""
+    if threshold.max_false_reject_rate is None or threshold.confidence is None:
+        return None
+    return (
+        f"Promise: of future good parts at most {percent(threshold.max_false_reject_rate)} will be rejected. Drawing "
+        f"{threshold.n_good} images like this and calibrating gives a threshold that keeps it in at least "
+        f"{percent(threshold.confidence)} of all cases.",
+        "It holds for parts, light and camera like those in these images, if the images show different parts and none "
+        "was used for training.",
+    )
+
+
 @dataclass(frozen=True)
 class CalibrationImages:
     """Held-out good images, each content once.

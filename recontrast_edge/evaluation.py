@@ -4,15 +4,18 @@
         evaluation = evaluate(engine.infer, find_dataset(Path("DATA")).test_samples(), engine.spec)
 
 ``evaluate`` takes any function from images to ``Inference``, so that training judges a torch model by the same lines.
+Maps are measured as they come and not kept, apart from those of the worst mistakes, so a test set may be of any size.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
+from heapq import heappush, heappushpop
 from itertools import islice
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
+import cv2
 import numpy as np
 from numpy.typing import NDArray
 
@@ -20,9 +23,12 @@ from recontrast_edge.binomial import clopper_pearson
 from recontrast_edge.datasets import GOOD, Sample, mask_to_map, read_sample
 from recontrast_edge.engines import Inference
 from recontrast_edge.errors import InputError, ModelError
-from recontrast_edge.metrics import UndefinedMetricError, aupro, auroc, average_precision, f1_max, pixel_auroc
+from recontrast_edge.metrics import AUPRO_LIMITS, PixelMetrics, UndefinedMetricError, auroc, average_precision, f1_max
 from recontrast_edge.preprocess import Geometry, Image, check_image
-from recontrast_edge.spec import ModelSpec
+from recontrast_edge.spec import ModelSpec, Threshold
+
+Resolution = Literal["map", "source"]
+"""Where maps and masks are compared: at the map's size, or at the mask's own, to which the map is enlarged."""
 
 Scorer = Callable[[Sequence[Image]], Inference]
 """Judges a batch of images; ``Engine.infer`` is one."""
@@ -50,19 +56,33 @@ class Metric:
 
 @dataclass(frozen=True)
 class KindMetrics:
-    """One kind of defect, or all of them, against all good images.
+    """One kind of defect, or all of them, against all good images; ``docs/metrics.md`` defines the metrics.
 
     Attributes:
         n_defect: images of the kind.
         i_auroc: AUROC of the image scores.
+        i_ap: average precision of the image scores, defects being the positives.
+        f1_max: largest F1 of the image scores over all thresholds.
         p_auroc: AUROC over all pixels.
+        p_ap: average precision over all pixels.
         aupro: area under the per-region-overlap curve up to 30 % false-positive rate, normalised.
+        aupro_5: the same up to 5 %.
+        aupro_per_image: the paper's: each image by itself, 200 thresholds, averaged.
     """
 
     n_defect: int
     i_auroc: Metric
+    i_ap: Metric
+    f1_max: Metric
     p_auroc: Metric
+    p_ap: Metric
     aupro: Metric
+    aupro_5: Metric
+    aupro_per_image: Metric
+
+    def named(self) -> dict[str, Metric]:
+        """The metrics by their names in files."""
+        return {entry.name: getattr(self, entry.name) for entry in fields(self) if entry.name != "n_defect"}
 
 
 @dataclass(frozen=True)
@@ -102,51 +122,64 @@ class AtThreshold:
 
 
 @dataclass(frozen=True, eq=False)
+class Scored:
+    """One image with what the model made of it; ``map`` is (h, w) float32, ``mask`` as ``read_sample`` gives it."""
+
+    sample: Sample
+    mask: NDArray[np.bool_] | None
+    map: NDArray[np.float32]
+    score: np.float32
+
+
+@dataclass(frozen=True, eq=False)
 class Evaluation:
     """The result of ``evaluate``.
 
     Attributes:
-        samples: the test images, in the order of the arrays.
+        samples: the test images, in the order of the scores.
         scores: (N,) float32 image scores.
-        maps: (N, h, w) float32 anomaly maps.
-        masks: (N, h, w) bool at the maps' size; False for images without a mask.
+        resolution: where maps and masks were compared.
         overall: all defects against all good images.
-        i_ap: average precision of the image scores, defects being the positives.
-        f1_max: largest F1 over all thresholds.
-        f1_max_threshold: the lowest score that counts as defect there; None where F1 is undefined.
+        f1_max_threshold: the lowest score that counts as a defect at ``overall.f1_max``; None where that is undefined.
         kinds: per kind of defect, in the samples' order.
         at_threshold: None if the spec has no threshold.
+        worst_good: the highest-scoring good images, highest first.
+        worst_defects: the lowest-scoring defect images, lowest first.
         notes: what a reader of the numbers must know, one sentence each.
     """
 
     spec: ModelSpec
     samples: tuple[Sample, ...]
     scores: NDArray[np.float32]
-    maps: NDArray[np.float32]
-    masks: NDArray[np.bool_]
+    resolution: Resolution
     overall: KindMetrics
-    i_ap: Metric
-    f1_max: Metric
     f1_max_threshold: float | None
     kinds: dict[str, KindMetrics]
     at_threshold: AtThreshold | None
+    worst_good: tuple[Scored, ...]
+    worst_defects: tuple[Scored, ...]
     notes: tuple[str, ...] = field(default=())
 
     @property
     def n_good(self) -> int:
         return sum(sample.is_good for sample in self.samples)
 
+    @property
+    def is_defect(self) -> NDArray[np.bool_]:
+        """(N,) bool."""
+        return np.array([not sample.is_good for sample in self.samples])
+
     def to_json(self) -> dict[str, Any]:
         """Everything but the maps, as one JSON-able object (``docs/artifacts.md``); paths are ``KIND/NAME``."""
-        overall = {"i_ap": self.i_ap, "f1_max": self.f1_max}
         at = self.at_threshold
         return {
             "format": "recontrast-edge.evaluation",
             "version": 1,
             "class_name": self.spec.class_name,
             "backbone": self.spec.backbone,
+            "resolution": self.resolution,
             "n_good": self.n_good,
-            **_metrics_json(self.overall, overall),
+            **_metrics_json(self.overall),
             "f1_max_threshold": self.f1_max_threshold,
             "kinds": {kind: _metrics_json(metrics) for kind, metrics in self.kinds.items()},
             "at_threshold": None
@@ -164,23 +197,13 @@ class Evaluation:
         }
 
 
-def _metrics_json(metrics: KindMetrics, more: dict[str, Metric] | None = None) -> dict[str, Any]:
-    named = {"i_auroc": metrics.i_auroc, "p_auroc": metrics.p_auroc, "aupro": metrics.aupro, **(more or {})}
+def _metrics_json(metrics: KindMetrics) -> dict[str, Any]:
+    named = metrics.named()
     return {
         "n_defect": metrics.n_defect,
         "metrics": {name: metric.value for name, metric in named.items()},
         "undefined": {name: metric.reason for name, metric in named.items() if metric.value is None},
     }
-
-
-@dataclass(frozen=True, eq=False)
-class Scored:
-    """One image with what the model made of it; ``map`` is (h, w) float32, ``mask`` as ``read_sample`` gives it."""
-
-    sample: Sample
-    mask: NDArray[np.bool_] | None
-    map: NDArray[np.float32]
-    score: np.float32
 
 
 def score_samples(
@@ -240,80 +263,152 @@ def _tracked(samples: Sequence[Sample], progress: bool) -> Iterable[Sample]:
 
 
 def evaluate(
-    score: Scorer, samples: Sequence[Sample], spec: ModelSpec, *, batch_size: int = 8, progress: bool = False
+    score: Scorer,
+    samples: Sequence[Sample],
+    spec: ModelSpec,
+    *,
+    resolution: Resolution = "map",
+    n_worst: int = 6,
+    batch_size: int = 8,
+    progress: bool = False,
 ) -> Evaluation:
     """Judge a test set and compute all metrics.
 
-    Masks are brought to the map's size by the nearest pixel, through the image's own ROI, resize and crop. Maps of all
-    images are kept, 4 bytes a pixel: 157 MB for 600 images of 256x256; the metrics take two to three times that while
-    they run.
+    Masks are brought to the map's size by the nearest pixel, through the image's own ROI, resize and crop. At
+    ``resolution="source"`` the map is enlarged bilinearly to the judged rectangle of the image instead, and compared
+    with that part of the mask.
 
     Args:
         score: judges a batch; ``Engine.infer``, or a torch model wrapped to return ``Inference``.
         samples: as ``Dataset.test_samples`` gives them.
         spec: the model's spec: input geometry, threshold, names.
+        resolution: where maps and masks are compared.
+        n_worst: how many images to keep for ``worst_good`` and ``worst_defects``, >= 1.
         batch_size: images a call of ``score``.
         progress: show a bar on stderr.
 
     Raises:
         InputError, ModelError: as ``score_samples``; InputError also where there are no samples.
+        OutputError: the temporary folder has no room for the maps.
     """
     if not samples:
         raise InputError("nothing to evaluate: the test set has no images")
-    width, height = spec.input.size_wh
-    maps = np.empty((len(samples), height, width), np.float32)
-    masks = np.zeros((len(samples), height, width), np.bool_)
     scores = np.empty(len(samples), np.float32)
+    kinds = np.array([sample.kind for sample in samples])
+    defect = kinds != GOOD
     unmasked = empty = lost = 0
-    for index, scored in enumerate(score_samples(score, samples, spec, batch_size=batch_size, progress=progress)):
-        maps[index], scores[index] = scored.map, scored.score
-        if scored.mask is None:
-            unmasked += 1
-            continue
-        masks[index] = mask_to_map(scored.mask, spec.input)
-        if not scored.sample.is_good and not masks[index].any():
-            empty += not scored.mask.any()
-            lost += bool(scored.mask.any())
+    worst_good, worst_defects = _Worst(n_worst), _Worst(n_worst)
+    with PixelMetrics() as pixels:
+        for index, scored in enumerate(score_samples(score, samples, spec, batch_size=batch_size, progress=progress)):
+            scores[index] = scored.score
+            if scored.sample.is_good:
+                worst_good.offer(float(scored.score), index, scored)
+            else:
+                worst_defects.offer(-float(scored.score), index, scored)
+            if scored.mask is None:
+                unmasked += 1
+                continue
+            anomaly_map, mask = _aligned(scored.map, scored.mask, spec, resolution)
+            pixels.add(anomaly_map, mask, scored.sample.kind)
+            if defect[index] and not mask.any():
+                empty += not scored.mask.any()
+                lost += bool(scored.mask.any())
 
+        def against_good(*chosen: str) -> KindMetrics:
+            return _against_good(pixels if unmasked == 0 else None, scores, kinds, chosen)
+
+        kind_names = list(dict.fromkeys(kinds[defect].tolist()))
+        overall = against_good(*kind_names)
+        by_kind = {kind: against_good(kind) for kind in kind_names}
+
+    at_threshold = _at_threshold(spec, scores, defect)
     notes = []
     if empty:
         notes.append(f"{empty} defect image(s) have an empty mask: they count as defects by image, but not by pixel")
     if lost:
-        notes.append(
-            f"{lost} defect image(s) lie outside of the judged area, or are too small for the {width}x{height} map"
-        )
-    kinds = np.array([sample.kind for sample in samples])
-    defect = kinds != GOOD
-    pixels_known = unmasked == 0
-
-    def against_good(chosen: NDArray[np.bool_]) -> KindMetrics:
-        rows = np.flatnonzero(chosen | ~defect)
-        i_auroc = Metric.of(lambda: auroc(scores[rows], defect[rows]))
-        if not pixels_known:
-            unknown = Metric(None, "the data set has no ground-truth masks")
-            return KindMetrics(int(chosen.sum()), i_auroc, unknown, unknown)
-        kind_maps, kind_masks = (maps, masks) if rows.size == len(samples) else (maps[rows], masks[rows])
-        return KindMetrics(
-            int(chosen.sum()),
-            i_auroc,
-            Metric.of(lambda: pixel_auroc(kind_maps, kind_masks)),
-            Metric.of(lambda: aupro(kind_maps, kind_masks)),
-        )
-
-    best_f1 = Metric.of(lambda: f1_max(scores, defect)[0])
+        width, height = spec.input.size_wh
+        small = f", or are too small for the {width}x{height} map" if resolution == "map" else ""
+        notes.append(f"{lost} defect image(s) lie outside of the judged area{small}")
+    if note := _broken_promise(spec.threshold, at_threshold):
+        notes.append(note)
     return Evaluation(
         spec=spec,
         samples=tuple(samples),
         scores=scores,
-        maps=maps,
-        masks=masks,
-        overall=against_good(defect),
-        i_ap=Metric.of(lambda: average_precision(scores, defect)),
-        f1_max=best_f1,
-        f1_max_threshold=None if best_f1.value is None else f1_max(scores, defect)[1],
-        kinds={kind: against_good(kinds == kind) for kind in dict.fromkeys(kinds[defect].tolist())},
-        at_threshold=_at_threshold(spec, scores, defect),
+        resolution=resolution,
+        overall=overall,
+        f1_max_threshold=None if overall.f1_max.value is None else f1_max(scores, defect)[1],
+        kinds=by_kind,
+        at_threshold=at_threshold,
+        worst_good=worst_good.images(),
+        worst_defects=worst_defects.images(),
         notes=tuple(notes),
+    )
+
+
+class _Worst:
+    """The images with the largest keys of those offered; the first one wins a tie."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._heap: list[tuple[float, int, Scored]] = []
+
+    def offer(self, key: float, index: int, scored: Scored) -> None:
+        if len(self._heap) == self._size and (key, -index) < self._heap[0][:2]:
+            return
+        # A copy, so that the rest of the batch is not kept with it.
+        entry = (key, -index, replace(scored, map=scored.map.copy()))
+        if len(self._heap) < self._size:
+            heappush(self._heap, entry)
+        else:
+            heappushpop(self._heap, entry)
+
+    def images(self) -> tuple[Scored, ...]:
+        return tuple(scored for _, _, scored in sorted(self._heap, key=lambda entry: entry[:2], reverse=True))
+
+
+def _aligned(
+    anomaly_map: NDArray[np.float32], mask: NDArray[np.bool_], spec: ModelSpec, resolution: Resolution
+) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+    """Map and mask of one image at one size."""
+    if resolution == "map":
+        return anomaly_map, mask_to_map(mask, spec.input)
+    height, width = anomaly_map.shape
+    left, top, across, down = Geometry.of(spec.input, mask.view(np.uint8)).to_source(0, 0, width, height)
+    enlarged = cv2.resize(anomaly_map, (across, down), interpolation=cv2.INTER_LINEAR)
+    return np.asarray(enlarged, np.float32), mask[top : top + down, left : left + across]
+
+
+def _against_good(
+    pixels: PixelMetrics | None, scores: NDArray[np.float32], kinds: NDArray[np.str_], chosen: Sequence[str]
+) -> KindMetrics:
+    """Metrics of the chosen kinds; without pixels, of the image scores alone."""
+    is_chosen = np.isin(kinds, chosen)
+    rows = np.flatnonzero(is_chosen | (kinds == GOOD))
+    row_scores, row_labels = scores[rows], is_chosen[rows]
+    if pixels is None:
+        unknown = Metric(None, "the data set has no ground-truth masks")
+        p_auroc = p_ap = aupro = aupro_5 = per_image = unknown
+    else:
+        groups = [GOOD, *chosen]
+        try:
+            result = pixels.over(groups)
+        except UndefinedMetricError as error:
+            p_auroc = p_ap = aupro = aupro_5 = Metric(None, str(error))
+        else:
+            p_auroc, p_ap = Metric(result.p_auroc), Metric(result.p_ap)
+            aupro, aupro_5 = (Metric(result.aupro[limit]) for limit in AUPRO_LIMITS)
+        per_image = Metric.of(lambda: pixels.aupro_per_image(groups))
+    return KindMetrics(
+        n_defect=int(is_chosen.sum()),
+        i_auroc=Metric.of(lambda: auroc(row_scores, row_labels)),
+        i_ap=Metric.of(lambda: average_precision(row_scores, row_labels)),
+        f1_max=Metric.of(lambda: f1_max(row_scores, row_labels)[0]),
+        p_auroc=p_auroc,
+        p_ap=p_ap,
+        aupro=aupro,
+        aupro_5=aupro_5,
+        aupro_per_image=per_image,
     )
 
 
@@ -323,3 +418,17 @@ def _at_threshold(spec: ModelSpec, scores: NDArray[np.float32], defect: NDArray[
     # In double, as a verdict compares: the threshold itself may lie between two float32 numbers.
     rejected = scores.astype(np.float64) > spec.threshold.value
     return AtThreshold(spec.threshold.value, Rate.counted(rejected[~defect]), Rate.counted(~rejected[defect]))
+
+
+def _broken_promise(threshold: Threshold | None, at: AtThreshold | None) -> str | None:
+    """A sentence where more good parts were rejected than the threshold's promise leaves to chance."""
+    if threshold is None or threshold.max_false_reject_rate is None or at is None or at.false_rejects is None:
+        return None
+    seen, promised = at.false_rejects, threshold.max_false_reject_rate
+    if seen.low <= promised:
+        return None
+    return (
+        f"the threshold promises that at most {100 * promised:.3g} % of good parts are rejected, but here "
+        f"{seen.count} of {seen.of} were, more than chance explains: these parts, or light and camera, differ from "
+        f"those it was calibrated on ({threshold.data}), or those were images of parts the model was trained on"
+    )

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from recontrast_edge.cli import app
+from recontrast_edge.errors import UsageError
 
 if TYPE_CHECKING:
     from recontrast_edge.evaluation import Evaluation, Metric, Rate
@@ -15,29 +16,47 @@ if TYPE_CHECKING:
 
 @app.command("eval")
 def evaluate_command(
-    engine: str = typer.Option(..., help="Model file (.onnx), or `demo` for the packaged model."),
+    engine: str = typer.Option(..., help="Model file (.onnx or .plan), or `demo` for the packaged model."),
     data: Path = typer.Option(..., help="Test set in MVTec layout (test/good, test/KIND, ground_truth/KIND)."),
     json_path: Path | None = typer.Option(None, "--json", metavar="FILE", help="Also write everything as JSON."),
+    report: Path | None = typer.Option(
+        None, "--report", metavar="FILE.html", help="Also write a report to read and print: one HTML file."
+    ),
+    full_resolution: bool = typer.Option(
+        False,
+        "--full-resolution",
+        help="Enlarge the maps to the masks' own size, instead of bringing the masks to the maps' size.",
+    ),
     threads: int | None = typer.Option(None, min=1, max=1024, help="CPU threads  [default: chosen by the engine]"),
 ) -> None:
-    """Measure a model on a test set: I-AUROC, P-AUROC, AUPRO, per kind of defect, and errors at its threshold."""
+    """Measure a model on a test set: image, pixel and region metrics, per kind of defect, and at its threshold."""
     from recontrast_edge.datasets import data_sha256, find_dataset
     from recontrast_edge.engines import open_engine
     from recontrast_edge.evaluation import evaluate
+    from recontrast_edge.report import Provenance, write_report
 
+    if report is not None and report.suffix not in (".html", ".htm"):
+        raise UsageError(f"--report writes an HTML file; expected a name that ends in .html, got {str(report)!r}")
     dataset = find_dataset(data)
     samples = dataset.test_samples()
     with open_engine(engine, threads=threads) as opened:
-        evaluation = evaluate(opened.infer, samples, opened.spec, progress=True)
-        identity = {
-            "engine": {"file": opened.path.name, "name": opened.name, "sha256": opened.sha256},
-            "data": {"name": dataset.name, "sha256": data_sha256(samples)},
-        }
+        evaluation = evaluate(
+            opened.infer, samples, opened.spec, resolution="source" if full_resolution else "map", progress=True
+        )
         threshold = opened.spec.threshold
-        foreign = threshold is not None and threshold.engine_sha256 not in (None, opened.sha256)
-    show_evaluation(evaluation, dataset.name, foreign)
+        provenance = Provenance(
+            engine_file=opened.path.name,
+            engine_name=opened.name,
+            engine_sha256=opened.sha256,
+            data_name=dataset.name,
+            data_sha256=data_sha256(samples),
+            foreign_threshold=threshold is not None and threshold.engine_sha256 not in (None, opened.sha256),
+        )
+    show_evaluation(evaluation, dataset.name, provenance.foreign_threshold)
     if json_path is not None:
-        _write_json(json_path, {**evaluation.to_json(), **identity})
+        _write_json(json_path, {**evaluation.to_json(), **provenance.to_json()})
+    if report is not None:
+        write_report(report, evaluation, provenance)
 
 
 def show_evaluation(evaluation: Evaluation, data_name: str, foreign: bool) -> None:
@@ -64,8 +83,13 @@ def show_evaluation(evaluation: Evaluation, data_name: str, foreign: bool) -> No
     # Names come from folders: no markup. The width of a pipe is no reason to cut them.
     console = Console(highlight=False, markup=False, soft_wrap=True)
     console.print(table)
+    overall = evaluation.overall
     best = "-" if evaluation.f1_max_threshold is None else f"{evaluation.f1_max_threshold:.4f}"
-    console.print(f"I-AP {_percent(evaluation.i_ap)} %, F1-max {_percent(evaluation.f1_max)} % (at score >= {best})")
+    console.print(f"I-AP {_percent(overall.i_ap)} %, F1-max {_percent(overall.f1_max)} % (at score >= {best})")
+    console.print(
+        f"P-AP {_percent(overall.p_ap)} %, AUPRO up to 5 % {_percent(overall.aupro_5)} %, "
+        f"per image {_percent(overall.aupro_per_image)} %"
+    )
     at = evaluation.at_threshold
     if at is None:
         console.print("No threshold yet: set one with `recontrast-edge calibrate`.")
@@ -75,7 +99,7 @@ def show_evaluation(evaluation: Evaluation, data_name: str, foreign: bool) -> No
         console.print(f"  defects passed:      {_rate(at.misses)}")
     if foreign:
         console.print("note: the threshold was set for another export of this model; calibrate again")
-    undefined = {metric.reason for _, row in rows for metric in (row.i_auroc, row.p_auroc, row.aupro) if metric.reason}
+    undefined = {metric.reason for _, row in rows for metric in row.named().values() if metric.reason}
     for reason in sorted(undefined):
         console.print(f"note: a dash means that {reason}")
     for note in evaluation.notes:

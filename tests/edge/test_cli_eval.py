@@ -85,6 +85,34 @@ def test_eval_prints_a_table_and_writes_json(command: Command, model: Path, data
     assert len(content["images"]) == 12
 
 
+def test_eval_writes_a_report(command: Command, model: Path, data: Path, tmp_path: Path) -> None:
+    report = tmp_path / "out" / "report.html"
+    code, _, _ = command("eval", "--engine", model, "--data", data, "--report", report, "--json", tmp_path / "m.json")
+    assert code == 0
+    text = report.read_text()
+    assert "tiny on parts" in text
+    assert "[bold]spot/0.png" in text
+    assert graph_sha256(model) in text
+    assert json.loads((tmp_path / "m.json").read_text())["data"]["sha256"] in text
+    code, _, err = command("eval", "--engine", model, "--data", data, "--report", tmp_path / "report.pdf")
+    assert (code, "ends in .html" in err) == (2, True)
+
+
+def test_eval_at_full_resolution(command: Command, model: Path, data: Path, tmp_path: Path) -> None:
+    for folder in ("test", "ground_truth"):
+        for path in (data / folder).rglob("*.png"):
+            Pil.open(path).resize((128, 96), Pil.Resampling.NEAREST).save(path)
+    sizes = {}
+    for options in ((), ("--full-resolution",)):
+        code, _, _ = command("eval", "--engine", model, "--data", data, "--json", tmp_path / "m.json", *options)
+        assert code == 0
+        content = json.loads((tmp_path / "m.json").read_text())
+        sizes[content["resolution"]] = content["metrics"]["p_ap"]
+    # Enlarged, the map is smooth at the spot's edge: some of its pixels are no brighter than good ones.
+    assert sizes["map"] == 1.0
+    assert 0.9 < sizes["source"] < 1.0
+
+
 def test_eval_with_bad_input(command: Command, model: Path, data: Path, tmp_path: Path) -> None:
     code, _, err = command("eval", "--engine", tmp_path / "none.onnx", "--data", data)
     assert (code, "no such model file" in err) == (4, True)

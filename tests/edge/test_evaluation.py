@@ -15,7 +15,9 @@ from recontrast_edge.engines import Inference
 from recontrast_edge.errors import InputError, ModelError
 from recontrast_edge.evaluation import evaluate
 from recontrast_edge.preprocess import Image
-from recontrast_edge.spec import InputSpec, Level, ModelSpec, Threshold
+from recontrast_edge.spec import InputSpec, Level, ModelSpec, Roi, Threshold
+
+METRICS = {"i_auroc", "i_ap", "f1_max", "p_auroc", "p_ap", "aupro", "aupro_5", "aupro_per_image"}
 
 SPEC = ModelSpec(
     class_name="plates",
@@ -65,12 +67,17 @@ def test_every_number(plates: Path, batch_size: int) -> None:
     assert result.kinds["stain"].i_auroc.value == pytest.approx(6 / 8)
     assert result.overall.i_auroc.value == pytest.approx(14 / 16)
     # Ranking: scratch, scratch, glint, stain, stain, ...
-    assert result.i_ap.value == pytest.approx((1 + 1 + 3 / 4 + 4 / 5) / 4)
-    assert result.f1_max.value == pytest.approx(8 / 9)
+    assert result.overall.i_ap.value == pytest.approx((1 + 1 + 3 / 4 + 4 / 5) / 4)
+    assert result.overall.f1_max.value == pytest.approx(8 / 9)
     assert result.f1_max_threshold == pytest.approx(100 / 255)
     for metrics in (result.overall, *result.kinds.values()):
         assert 0.999 < (metrics.p_auroc.value or 0) <= 1.0
         assert 0.99 < (metrics.aupro.value or 0) <= 1.0
+        assert 0.97 < (metrics.aupro_5.value or 0) <= 1.0
+        assert metrics.aupro_per_image.value == 1.0
+    # Of good pixels only the glint is brighter than a defect: than both stains, of 40 pixels like the scratches.
+    assert result.overall.p_ap.value == pytest.approx((80 + 40 * 120 / 121 + 40 * 160 / 161) / 160)
+    assert result.kinds["scratch"].p_ap.value == 1.0
     at = result.at_threshold
     assert at is not None
     assert at.false_rejects is not None
@@ -84,7 +91,8 @@ def test_every_number(plates: Path, batch_size: int) -> None:
 def test_json_is_complete_and_plain(plates: Path) -> None:
     result = evaluate(brightness, find_dataset(plates).test_samples(), SPEC)
     content = json.loads(json.dumps(result.to_json(), allow_nan=False))
-    assert content["metrics"].keys() == {"i_auroc", "p_auroc", "aupro", "i_ap", "f1_max"}
+    assert content["metrics"].keys() == METRICS
+    assert content["resolution"] == "map"
     assert content["undefined"] == {}
     assert content["kinds"]["stain"]["metrics"]["i_auroc"] == pytest.approx(0.75)
     assert content["at_threshold"]["misses"]["rate"] == 0.25
@@ -100,7 +108,7 @@ def test_what_cannot_be_computed_is_null_with_a_reason(plates: Path) -> None:
     assert only_defects["at_threshold"]["false_rejects"] is None
     assert only_defects["metrics"]["p_auroc"] is not None
     only_good = evaluate(brightness, [s for s in samples if s.is_good], SPEC).to_json()
-    assert only_good["metrics"] == dict.fromkeys(("i_auroc", "p_auroc", "aupro", "i_ap", "f1_max"))
+    assert only_good["metrics"] == dict.fromkeys(METRICS)
     assert only_good["kinds"] == {}
     (plates / "ground_truth").rename(plates.parent / "elsewhere")
     maskless = evaluate(brightness, find_dataset(plates).test_samples(), SPEC).to_json()
@@ -158,3 +166,60 @@ def test_a_broken_image_is_named(plates: Path) -> None:
     path.write_bytes(path.read_bytes()[:60])
     with pytest.raises(InputError, match=r"stain/1\.png"):
         evaluate(brightness, find_dataset(plates).test_samples(), SPEC)
+
+
+def test_the_worst_mistakes_are_kept_with_their_maps(plates: Path) -> None:
+    result = evaluate(brightness, find_dataset(plates).test_samples(), SPEC, n_worst=3, batch_size=3)
+    assert [scored.sample.path.name for scored in result.worst_good] == ["3.png", "2.png", "1.png"]
+    worst = [f"{scored.sample.kind}/{scored.sample.path.name}" for scored in result.worst_defects]
+    assert worst == ["stain/1.png", "stain/0.png", "scratch/1.png"]
+    for scored in (*result.worst_good, *result.worst_defects):
+        assert scored.map.max() == scored.score
+        assert scored.mask is not None
+        assert scored.map.base is None, "the map must not keep its batch alive"
+
+
+def test_full_resolution_compares_at_the_masks_own_size(plates: Path) -> None:
+    """A defect of one source pixel is lost at the map's size, and found at its own, inside the ROI alone."""
+    roi = Roi(x=16, y=0, width=64, height=64)
+    spec = SPEC.model_copy(update={"input": SPEC.input.model_copy(update={"roi": roi})})
+    pixels, mask = np.full((64, 96), 20), np.zeros((64, 96))
+    pixels[20, 40], mask[20, 40] = 200, 255
+    mask[0, 0] = 255  # outside of the ROI
+    for kind in ("scratch", "stain"):
+        for index in range(2):
+            write(plates / "test" / kind / f"{index}.png", pixels)
+            write(plates / "ground_truth" / kind / f"{index}_mask.png", mask)
+    for index in range(4):
+        write(plates / "test" / "good" / f"{index}.png", np.full((64, 96), 20))
+
+    def judge(images: Sequence[Image]) -> Inference:
+        return brightness([image[::2, 16:80:2] for image in images])
+
+    samples = find_dataset(plates).test_samples()
+    lost = evaluate(judge, samples, spec)
+    assert lost.overall.p_auroc.reason == "there is no defect in the ground truth"
+    assert "too small for the 32x32 map" in lost.notes[0]
+    result = evaluate(judge, samples, spec, resolution="source")
+    assert result.to_json()["resolution"] == "source"
+    # Enlarged bilinearly, the peak of the map lies over the four source pixels of its own, alike.
+    assert result.overall.p_ap.value == pytest.approx(1 / 4)
+    assert result.overall.p_auroc.value == pytest.approx(1 - 1.5 / (64 * 64 * 2 - 1), abs=1e-9)
+    assert result.notes == ()
+
+
+def test_a_broken_promise_is_told(plates: Path) -> None:
+    samples = find_dataset(plates).test_samples()
+
+    def promise(value: float, rate: float) -> ModelSpec:
+        return SPEC.with_threshold(
+            Threshold(value=value, max_false_reject_rate=rate, confidence=0.95, n_good=60, data="spring")
+        )
+
+    (note,) = evaluate(brightness, samples, promise(0.1, 0.05)).notes
+    assert "promises that at most 5 %" in note
+    assert "4 of 4 were, more than chance explains" in note
+    assert "spring" in note
+    # One of four is not beyond chance, and a threshold set by hand promises nothing.
+    assert evaluate(brightness, samples, promise(0.5, 0.05)).notes == ()
+    assert evaluate(brightness, samples, SPEC.with_threshold(Threshold(value=0.1, method="manual"))).notes == ()

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import time
+import tracemalloc
+from collections.abc import Iterator
 from itertools import pairwise
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -11,15 +14,33 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from recontrast_edge.errors import OutputError
 from recontrast_edge.metrics import (
+    PixelMetrics,
+    PixelResult,
     UndefinedMetricError,
-    aupro,
     auroc,
     average_precision,
     f1_max,
-    pixel_auroc,
     roc_curve,
 )
+
+
+def pixel_metrics(maps: np.ndarray, masks: np.ndarray, *limits: float) -> PixelResult:
+    with PixelMetrics() as pixels:
+        for anomaly_map, mask in zip(maps, masks, strict=True):
+            pixels.add(anomaly_map, mask)
+        return pixels.over_all(limits or (0.3, 0.05))
+
+
+def assert_same(result: PixelResult, expected: PixelResult) -> None:
+    """The counts are the same; the order of the sums need not be."""
+    assert (result.p_auroc, result.p_ap) == pytest.approx((expected.p_auroc, expected.p_ap), abs=1e-12)
+    assert result.aupro == pytest.approx(expected.aupro, abs=1e-12)
+
+
+def aupro(maps: np.ndarray, masks: np.ndarray, max_fpr: float = 0.3) -> float:
+    return pixel_metrics(maps, masks, max_fpr).aupro[max_fpr]
 
 
 def brute_force_aupro(maps: np.ndarray, masks: np.ndarray, max_fpr: float) -> float:
@@ -82,6 +103,135 @@ def test_aupro_equals_brute_force_with_ties(seed: int, levels: int, max_fpr: flo
     assert aupro(maps, masks, max_fpr) == pytest.approx(brute_force_aupro(maps, masks, max_fpr), abs=1e-12)
 
 
+@given(seed=st.integers(0, 10**6), levels=st.integers(2, 200))
+@settings(max_examples=30, deadline=None)
+def test_pixel_metrics_equal_scikit_learn_with_ties(seed: int, levels: int) -> None:
+    from sklearn import metrics as reference
+
+    rng = np.random.default_rng(seed)
+    masks = rng.random((4, 13, 11)) < 0.2
+    masks[0, 0, :2] = True, False
+    maps = (rng.integers(0, levels, masks.shape) / levels + 0.3 * masks).astype(np.float32)
+    maps[1] *= -1
+    result = pixel_metrics(maps, masks)
+    labels, scores = masks.ravel(), maps.ravel()
+    assert result.p_auroc == pytest.approx(reference.roc_auc_score(labels, scores), abs=1e-12)
+    assert result.p_ap == pytest.approx(reference.average_precision_score(labels, scores), abs=1e-12)
+
+
+def slow_aupro_of_image(anomaly_map: np.ndarray, mask: np.ndarray) -> float:
+    """Threshold by threshold, region by region, as the published definition has it."""
+    count, labels = cv2.connectedComponents(mask.astype(np.uint8), connectivity=8)
+    low, high = float(anomaly_map.min()), float(anomaly_map.max())
+    points = []
+    for step in range(200):
+        found = anomaly_map.astype(np.float64) > low + step * (high - low) / 200
+        overlap = np.mean([found[labels == label].mean() for label in range(1, count)])
+        points.append((float(found[~mask].mean()), float(overlap)))
+    points = [point for point in points if point[0] < 0.3][::-1]
+    limit = points[-1][0]
+    return sum((x1 - x0) / limit * (y0 + y1) / 2 for (x0, y0), (x1, y1) in pairwise(points))
+
+
+def test_aupro_per_image_follows_its_definition() -> None:
+    rng = np.random.default_rng(5)
+    masks = np.zeros((3, 40, 30), bool)
+    masks[0, 3:9, 4:20] = masks[0, 20:22, 1:3] = masks[1, 30:, 25:] = True
+    maps = (rng.random(masks.shape) + 0.6 * masks * rng.random(masks.shape)).astype(np.float32)
+    with PixelMetrics() as pixels:
+        for anomaly_map, mask in zip(maps, masks, strict=True):
+            pixels.add(anomaly_map, mask, "scratch" if mask.any() else "good")
+        pixels.add(np.ones((4, 4), np.float32), np.ones((4, 4), bool), "all defect")
+        expected = np.mean([slow_aupro_of_image(maps[index], masks[index]) for index in (0, 1)])
+        assert 0.3 < expected < 0.9
+        assert pixels.aupro_per_image(["good", "scratch", "all defect"]) == pytest.approx(expected, abs=1e-9)
+        with pytest.raises(UndefinedMetricError, match="no image with both"):
+            pixels.aupro_per_image(["good", "all defect"])
+
+
+def test_aupro_per_image_where_the_definition_has_no_area() -> None:
+    mask = np.zeros((6, 6), bool)
+    mask[2:4, 2:4] = True
+    for anomaly_map, expected in ((mask, 1.0), (~mask, 0.0), (np.zeros_like(mask), 0.0)):
+        with PixelMetrics() as pixels:
+            pixels.add(anomaly_map.astype(np.float32), mask)
+            assert pixels.aupro_per_image([""]) == expected
+
+
+def test_groups_are_measured_alone_and_together() -> None:
+    rng = np.random.default_rng(1)
+    masks = rng.random((6, 20, 20)) < 0.1
+    masks[:2] = False
+    maps = (rng.integers(0, 9, masks.shape) + masks).astype(np.float32)
+    kinds = ["good", "good", "dent", "dent", "stain", "stain"]
+    with PixelMetrics() as pixels:
+        for index in range(6):
+            pixels.add(maps[index], masks[index], kinds[index])
+            # Asking in between changes nothing.
+            if masks[: index + 1].any():
+                pixels.over(["good", "dent", "stain"])
+        assert_same(pixels.over(["good", "dent", "unheard of"]), pixel_metrics(maps[:4], masks[:4]))
+        assert_same(pixels.over(["good", "stain"]), pixel_metrics(maps[[0, 1, 4, 5]], masks[[0, 1, 4, 5]]))
+        assert_same(pixels.over_all(), pixel_metrics(maps, masks))
+
+
+def large_set(images: int) -> Iterator[tuple[np.ndarray, np.ndarray, str]]:
+    """Maps of 400x400, one in three with a defect, half of the pixels tied at zero."""
+    noise = np.maximum(np.random.default_rng(2).random((400, 400), dtype=np.float32) - 0.5, 0)
+    mask = np.zeros(noise.shape, bool)
+    mask[100:160, 200:300] = True
+    for index in range(images):
+        defect = index % 3 == 2
+        # Other values in every image, but for the zeros.
+        anomaly_map = np.roll(noise, 7 * index) * np.float32(1 + index / 1000)
+        anomaly_map[mask] += np.float32(0.1 * defect)
+        yield anomaly_map, mask if defect else np.zeros_like(mask), "dent" if defect else "good"
+
+
+def test_a_test_set_larger_than_the_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    images = 60
+    whole_bytes = images * 400 * 400 * 4
+    tracemalloc.start()
+    try:
+        with PixelMetrics(memory_mib=3) as pixels:
+            for anomaly_map, mask, kind in large_set(images):
+                pixels.add(anomaly_map, mask, kind)
+            result, dents = pixels.over_all(), pixels.over(["good", "dent"])
+            peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 3.5 * 3 * 2**20 < 0.3 * whole_bytes
+    assert list(tmp_path.iterdir()) == []
+    with PixelMetrics(memory_mib=256) as pixels:
+        for anomaly_map, mask, kind in large_set(images):
+            pixels.add(anomaly_map, mask, kind)
+        expected = pixels.over_all()
+    assert_same(result, expected)
+    assert_same(dents, expected)
+
+
+def test_a_full_disk_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.TemporaryFile", lambda **_: open("/dev/full", "r+b", buffering=0))  # noqa: SIM115, PTH123
+    with PixelMetrics(memory_mib=1) as pixels, pytest.raises(OutputError, match="TMPDIR"):
+        pixels.add(np.zeros((1000, 1000), np.float32), np.zeros((1000, 1000), bool))
+
+
+def test_what_is_added_is_checked() -> None:
+    good, mask = np.zeros((4, 5), np.float32), np.zeros((4, 5), bool)
+    with PixelMetrics() as pixels:
+        with pytest.raises(ValueError, match="float32 map, got float64"):
+            pixels.add(good.astype(np.float64), mask)
+        with pytest.raises(ValueError, match="float32 map"):
+            pixels.add(good[None], mask[None])
+        with pytest.raises(ValueError, match=r"bool mask of shape \(4, 5\)"):
+            pixels.add(good, mask.T)
+        with pytest.raises(ValueError, match="finite"):
+            pixels.add(good + np.float32(np.nan), mask)
+    with pytest.raises(ValueError, match="memory_mib"):
+        PixelMetrics(memory_mib=0)
+
+
 def test_aupro_and_pixel_auroc_agree_with_the_published_implementations() -> None:
     torch = pytest.importorskip("torch")
     pyaupro = pytest.importorskip("pyaupro")
@@ -100,7 +250,10 @@ def test_aupro_and_pixel_auroc_agree_with_the_published_implementations() -> Non
     ours = aupro(maps, masks.astype(bool))
     assert ours == pytest.approx(expected, abs=5e-4)
     assert 0.3 < ours < 1.0
-    assert pixel_auroc(maps, masks.astype(bool)) == pytest.approx(roc_auc_score(masks.ravel(), maps.ravel()), abs=1e-9)
+    result = pixel_metrics(maps, masks.astype(bool))
+    assert result.p_auroc == pytest.approx(roc_auc_score(masks.ravel(), maps.ravel()), abs=1e-9)
+    expected = float(auc_compute(*metric.compute(), limit=0.05, check=False))
+    assert result.aupro[0.05] == pytest.approx(expected, abs=5e-3)
 
 
 def test_every_region_weighs_the_same_and_diagonal_neighbours_are_one() -> None:
@@ -120,7 +273,7 @@ def test_extremes() -> None:
     perfect = masks.astype(np.float32)
     assert aupro(perfect, masks) == 1.0
     assert aupro(1 - perfect, masks) == 0.0
-    assert pixel_auroc(perfect, masks) == 1.0
+    assert pixel_metrics(perfect, masks) == PixelResult(1.0, 1.0, {0.3: 1.0, 0.05: 1.0})
     assert auroc([1.0, 1.0], [True, False]) == 0.5
 
 
@@ -137,7 +290,7 @@ def test_what_is_undefined_says_why_and_what_is_wrong_is_refused() -> None:
         auroc([0.1, float("nan")], [True, False])
     with pytest.raises(ValueError, match="one shape"):
         auroc([0.1, 0.2, 0.3], [True, False])
-    with pytest.raises(ValueError, match="max_fpr"):
+    with pytest.raises(ValueError, match="limit must lie"):
         aupro(np.zeros((1, 4, 4), np.float32), np.eye(4, dtype=bool)[None], 0.0)
 
 

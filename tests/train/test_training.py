@@ -225,10 +225,12 @@ def test_a_whole_run(data: Path, tmp_path: Path) -> None:
     assert 0 <= metrics["metrics"]["i_auroc"] <= 1
     assert metrics["kinds"]["spot"]["n_defect"] == 3
     assert len((out / "loss.csv").read_text().splitlines()) == 4
-    for picture in ("loss.png", "report.png", "worst.png"):
-        image = cv2.imread(str(out / picture))
-        assert image is not None
-        assert image.std() > 1
+    image = cv2.imread(str(out / "loss.png"))
+    assert image is not None
+    assert image.std() > 1
+    report = (out / "report.html").read_text()
+    assert "washers" in report
+    assert spec.weights_sha256 in report
     assert len([line for line in (out / "holdout.txt").read_text().splitlines() if not line.startswith("#")]) == 2
     assert not (out / "checkpoint.safetensors").exists()
 
