@@ -22,15 +22,18 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from recontrast_edge.camera_plan import CameraPlan
 from recontrast_edge.engines import DEMO, open_engine
 from recontrast_edge.frame import Frame, Judgement, Sink, Source
 from recontrast_edge.images import write_image
 from recontrast_edge.metrics import auroc
-from recontrast_edge.pipeline import Pipeline, Statistics, warm_up
+from recontrast_edge.pipeline import Line, warm_up
 from recontrast_edge.preprocess import Image
 from recontrast_edge.render import BACKGROUND, VERDICT_COLOURS, WHITE, Colour, annotate, draw_text
 from recontrast_edge.sinks import open_sink
 from recontrast_edge.spec import InputSpec
+from recontrast_edge.statistics import Statistics
+from recontrast_edge.task import Product
 from recontrast_edge.verdict import resolve_threshold
 
 DEFECT_RATE = 0.1
@@ -186,12 +189,12 @@ class DemoResult:
     """What a demo run left behind.
 
     Attributes:
-        pipeline: with its statistics and errors.
+        line: with its statistics and errors.
         auroc: of the scores against the known truth, 0..1; None where the run saw only good or only defective parts.
         folder: holds the files.
     """
 
-    pipeline: Pipeline
+    line: Line
     auroc: float | None
     folder: Path
 
@@ -231,7 +234,8 @@ def run_demo(
         input_spec = engine.spec.input
         width, height = input_spec.size_wh
         uri = f"synthetic://mixed?defect_rate={DEFECT_RATE}&seed={seed}&fps=0&size={width}x{height}&frames={frames}"
-        source = stack.enter_context(closing(PacedSource(open_source(uri), fps=fps)))
+        plan = CameraPlan(uri, lambda: PacedSource(open_source(uri), fps=fps), Product(engine, threshold), mode="every")
+        line = stack.enter_context(Line([plan], stop=stop, statistics=statistics))
         rate = fps if fps > 0 else 30.0
         sheet = ContactSheet(folder / SHEET_NAME, input_spec)
         sinks: list[Sink] = [
@@ -239,10 +243,9 @@ def run_demo(
             sheet,
         ]
         if view is not None:
-            title = f"{engine.spec.class_name} · {engine.name} · {source.uri}"
+            title = f"{engine.spec.class_name} · {engine.name} · {uri}"
             sinks.append(stack.enter_context(closing(view(statistics, title))))
-        pipeline = Pipeline(engine, source, sinks, threshold=threshold, mode="every", stop=stop, statistics=statistics)
-        pipeline.run()
+        line.run(sinks)
         area = auroc(sheet.scores, sheet.defective) if len(set(sheet.defective)) == 2 else None
-        pipeline.write_summary(folder / REPORT_NAME, auroc=area, machine=machine())
-    return DemoResult(pipeline, area, folder)
+        line.write_summary(folder / REPORT_NAME, auroc=area, machine=machine())
+    return DemoResult(line, area, folder)

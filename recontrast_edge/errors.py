@@ -78,6 +78,13 @@ class CalibrationError(RecontrastError):
     meaning: ClassVar[str] = "calibration refused: the images cannot support the wished promise"
 
 
+class StallError(RecontrastError):
+    """Something that hangs and cannot be stopped from within; only a new process helps."""
+
+    exit_code: ClassVar[int] = 11
+    meaning: ClassVar[str] = "the engine hangs; the process must be started again"
+
+
 def exit_code_table() -> list[tuple[int, str]]:
     """All exit codes with their meaning, ascending."""
     classes = (
@@ -90,6 +97,7 @@ def exit_code_table() -> list[tuple[int, str]]:
         OutputError,
         MissingError,
         CalibrationError,
+        StallError,
     )
     rows = [(cls.exit_code, cls.meaning) for cls in classes]
     rows.append((EXIT_OK, "done as asked; for `run` also a clean stop by Ctrl-C or SIGTERM"))

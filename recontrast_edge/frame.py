@@ -236,8 +236,9 @@ class Source(Protocol):
     timeout, and raises SourceError only where trying again can help.
 
     Optional attributes: ``counters: dict[str, int]`` (such as ``{"incomplete": 5, "lost": 2}``) ends up in the run's
-    summary; ``triggered = True`` says that frames come when a part or an encoder makes them, so that none for a while is
-    no fault.
+    summary; ``triggered = True`` says that a part or an encoder makes the frames come, so that none for a while is no
+    fault; ``heard_s: float | None`` is when the camera last gave a sign of life, where frames come later than that;
+    ``default_mode`` is the pipeline's mode where nobody names one.
     """
 
     uri: str

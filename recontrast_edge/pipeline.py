@@ -1,322 +1,150 @@
-"""From a source to the outputs: every frame read, judged and written, with its latency known.
+"""A line: from its cameras to its outputs, every frame judged and accounted for, whatever breaks on the way.
 
-    statistics = Pipeline(engine, source, [sink], threshold=0.8).run(); print(statistics.summary())
+    Line([CameraPlan(uri, lambda: open_source(uri), Product(engine, threshold))]).run([open_sink("jsonl:-", ...)])
 
-Threads: one reads the source, the caller's judges, and each sink has its own.
+Threads: one for each camera reads its source, one judges for all cameras that share an engine, one for each output
+writes. The caller's thread watches over them and never waits for any: that is what stops a line whose driver, engine
+or output hangs. ``docs/pipeline.md`` tells what happens when.
 
-    source -> Mailbox -> engine -> verdict -> queue -> sink
-                                           -> queue -> sink
+    source -> Lane -> Mailbox -> engine -> verdict -> merger -> SinkThread
+    source -> Lane ---^                                      -> SinkThread
 
-Mode ``live``: the newest frame wins, older ones are dropped and counted; a slow sink loses records, never delays a
-verdict. Mode ``every``: nothing is skipped; whoever is slow makes the others wait, and a frame that the source itself
-went past becomes a FAULT. After ``run``: captured = judged + dropped, exactly.
+Mode ``live``: the newest frame wins, older ones are dropped and counted. Mode ``every``: nothing is skipped; a source
+that can wait is made to, and a frame that cannot be taken becomes a FAULT. After ``run``, of each camera:
+captured = judged + dropped, exactly.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import json
+import logging
 import math
-import queue
 import signal
 import threading
 import time
-from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
-from typing import Any, Literal, get_args
+from types import FrameType, TracebackType
+from typing import Any, Literal
 
 import numpy as np
 
+from recontrast_edge.bounded import POLL_S, leave, wait_until
+from recontrast_edge.camera_plan import CameraPlan
 from recontrast_edge.engines import Engine
-from recontrast_edge.errors import InputError, ModelError, OutputError, SourceError
-from recontrast_edge.frame import EndOfStream, Frame, Judgement, Sink, Source, Truth, VerdictName
+from recontrast_edge.errors import OutputError, StallError, UsageError
+from recontrast_edge.frame import Judgement, Merger, Sink, SourceState, StateChange
 from recontrast_edge.images import atomic_write
-from recontrast_edge.latency import PERCENTILES, StageLatencies
-from recontrast_edge.verdict import Fault, fault, judge
+from recontrast_edge.judging import JudgeThread
+from recontrast_edge.mailbox import Mailbox
+from recontrast_edge.sink_thread import SinkThread
+from recontrast_edge.statistics import Statistics
+from recontrast_edge.supervise import Camera
+from recontrast_edge.systemd import Notifier
 
-Mode = Literal["live", "every"]
+_log = logging.getLogger(__name__)
 
-MAILBOX_FRAMES = 4
-"""Frames read ahead in mode ``every``; enough to hide one slow frame, few enough that the wait stays short."""
+TICK_S = 0.05
+"""How often the line looks after its threads."""
 
-SINK_JUDGEMENTS = 16
-"""Judgements a sink may lag behind; each holds its image."""
+READERS_RETURN_S = 0.8
+READERS_LEFT_S = 1.5
+JUDGES_DRAIN_S = 2.0
+JUDGES_LEFT_S = 2.5
+SINKS_LEFT_S = 3.8
+"""Counted from a stop: when sources that have not come back are closed, and left behind; when frames that wait are
+dropped, and engines left behind; when outputs are left behind. A line must be down within 5 s."""
 
-READ_TIMEOUT_S = 0.1
-"""How soon a waiting reader notices that it should stop."""
+STATUS_INTERVAL_S = 5.0
+"""How often systemd is told the counts."""
 
-STOP_POLL_S = 1.0
-"""How soon a waiting judge notices that the reader should have stopped, but has not."""
-
-STOP_TIMEOUT_S = 5.0
-"""A source that does not return from ``read`` for so long after a stop is given up."""
-
-
-class Statistics:
-    """Counts and latencies of a run so far. Written by the pipeline's threads, read by any."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self.captured = 0
-        self.dropped = 0
-        self.verdicts: dict[VerdictName, int] = dict.fromkeys(get_args(VerdictName), 0)
-        self.faults: Counter[str] = Counter()
-        self.confusion: dict[Truth, dict[VerdictName, int]] = {}
-        """Known truth -> verdict -> frames."""
-        self.latency = StageLatencies()
-        self.started_s = time.monotonic()
-        self.ended_s: float | None = None
-
-    def count(self, *, captured: int = 0, dropped: int = 0) -> None:
-        """Add to the frames the source made, and to those that nobody judged."""
-        with self._lock:
-            self.captured += captured
-            self.dropped += dropped
-
-    def add(self, judgement: Judgement) -> None:
-        """Count a verdict and its latency."""
-        with self._lock:
-            self.verdicts[judgement.verdict] += 1
-            if judgement.fault is not None:
-                self.faults[judgement.fault] += 1
-            truth = judgement.frame.truth
-            if truth is not None:
-                self.confusion.setdefault(truth, dict.fromkeys(self.verdicts, 0))[judgement.verdict] += 1
-        self.latency.add(judgement.latency_ms)
-
-    @property
-    def judged(self) -> int:
-        """Frames with a verdict."""
-        return sum(self.verdicts.values())
-
-    @property
-    def duration_s(self) -> float:
-        """Seconds since the start, up to the end."""
-        return (time.monotonic() if self.ended_s is None else self.ended_s) - self.started_s
-
-    @property
-    def rate_hz(self) -> float:
-        """Verdicts a second, over the whole run."""
-        return self.judged / self.duration_s if self.duration_s > 0 else 0.0
-
-    def counts_line(self) -> str:
-        """The counts for people: ``300 judged (268 PASS, 32 REJECT, 0 FAULT), 0 dropped of 300, 30.0/s``."""
-        verdicts = ", ".join(f"{count} {name}" for name, count in self.verdicts.items())
-        return f"{self.judged} judged ({verdicts}), {self.dropped} dropped of {self.captured}, {self.rate_hz:.1f}/s"
-
-    def latency_line(self) -> str:
-        """The percentiles for people: ``ms p50/p90/p99/max: wait 0.1/0.1/0.2/0.9, ..., total 9.1/9.9/11.2/14.0``."""
-        stages = (
-            f"{stage} " + "/".join(f"{row[name]:.1f}" for name in (*PERCENTILES, "max"))
-            for stage, row in self.latency.summary().items()
-        )
-        return f"ms {'/'.join(PERCENTILES)}/max: {', '.join(stages)}"
-
-    def summary(self) -> dict[str, Any]:
-        """Everything as one JSON-able object."""
-        with self._lock:
-            return {
-                "captured": self.captured,
-                "judged": self.judged,
-                "dropped": self.dropped,
-                "verdicts": dict(self.verdicts),
-                "faults": dict(self.faults),
-                "confusion": {truth: dict(row) for truth, row in self.confusion.items()} or None,
-                "duration_s": round(self.duration_s, 3),
-                "rate_hz": round(self.rate_hz, 2),
-                "latency_ms": self.latency.summary(),
-            }
+StoppedBy = Literal[
+    "end_of_stream", "max_frames", "signal", "source_failed", "output_failed", "engine_stalled", "internal_error"
+]
 
 
-class Mailbox:
-    """Frames on their way from the reader to the judge.
+class Line:
+    """One run of one or more cameras.
 
     Args:
-        capacity: frames it holds.
-        replace: when full, the oldest makes room (and is dropped); otherwise ``put`` waits.
-    """
-
-    def __init__(self, capacity: int, *, replace: bool) -> None:
-        self._capacity = capacity
-        self._replace = replace
-        self._frames: deque[Frame] = deque()
-        self._changed = threading.Condition()
-        self._ended = False
-        self._closed = False
-
-    def put(self, frame: Frame) -> int:
-        """Add a frame; returns how many were dropped for it: an older one, or itself when nobody takes any more."""
-        with self._changed:
-            dropped = 0
-            if self._replace and len(self._frames) == self._capacity:
-                self._frames.popleft()
-                dropped = 1
-            self._changed.wait_for(lambda: self._closed or len(self._frames) < self._capacity)
-            if self._closed:
-                return dropped + 1
-            self._frames.append(frame)
-            self._changed.notify_all()
-            return dropped
-
-    def get(self, timeout_s: float) -> Frame | None:
-        """The oldest frame, or None if there is none within the time; ``ended`` tells whether one can still come."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._ended or bool(self._frames), timeout_s)
-            if not self._frames:
-                return None
-            frame = self._frames.popleft()
-            self._changed.notify_all()
-            return frame
-
-    @property
-    def ended(self) -> bool:
-        """Empty, and the reader puts no more."""
-        with self._changed:
-            return self._ended and not self._frames
-
-    def end(self) -> None:
-        """The reader puts no more."""
-        with self._changed:
-            self._ended = True
-            self._changed.notify_all()
-
-    def close(self) -> int:
-        """The judge takes no more; returns how many frames were left and are dropped."""
-        with self._changed:
-            self._closed = True
-            left = len(self._frames)
-            self._frames.clear()
-            self._changed.notify_all()
-            return left
-
-
-class SinkThread:
-    """Runs one sink on its own thread, behind a bounded queue.
-
-    Args:
-        sink: closed by this thread when it ends.
-        wait: when the queue is full, ``put`` waits; otherwise the record is dropped and counted.
-        stop: set when the sink fails; from then on it drops what comes.
-    """
-
-    def __init__(self, sink: Sink, *, wait: bool, stop: threading.Event) -> None:
-        self.uri = sink.uri
-        self.written = 0
-        self.dropped = 0
-        self.error: Exception | None = None
-        self._sink = sink
-        self._wait = wait
-        self._stop = stop
-        self._queue: queue.Queue[Judgement | None] = queue.Queue(SINK_JUDGEMENTS)
-        self._thread = threading.Thread(target=self._run, name=f"sink {sink.uri}", daemon=True)
-        self._thread.start()
-
-    def put(self, judgement: Judgement) -> None:
-        """Hand over a judgement, in order."""
-        try:
-            self._queue.put(judgement, block=self._wait)
-        except queue.Full:
-            self.dropped += 1
-
-    def finish(self) -> None:
-        """Write what is queued, complete the sink's files, end the thread."""
-        self._queue.put(None)
-        self._thread.join()
-
-    def _run(self) -> None:
-        while (judgement := self._queue.get()) is not None:
-            # A failed sink goes on emptying its queue, so that nobody waits for it for ever.
-            if self.error is not None:
-                self.dropped += 1
-                continue
-            try:
-                self._sink.write(judgement)
-                self.written += 1
-            except Exception as error:
-                self.dropped += 1
-                self._fail(error)
-        try:
-            self._sink.close()
-        except Exception as error:
-            self._fail(error)
-
-    def _fail(self, error: Exception) -> None:
-        if self.error is None:
-            self.error = error
-            self._stop.set()
-
-    def summary(self) -> dict[str, Any]:
-        """What became of the records, as one JSON-able object."""
-        return {
-            "uri": self.uri,
-            "written": self.written,
-            "dropped": self.dropped,
-            "error": None if self.error is None else str(self.error),
-        }
-
-
-StoppedBy = Literal["end_of_stream", "max_frames", "signal", "source_failed", "output_failed", "internal_error"]
-
-
-class Pipeline:
-    """One run of a stream through an engine.
-
-    Args:
-        engine: opened; stays open.
-        source: opened; stays open.
-        sinks: each gets every judgement (in mode ``live``: as many as it can take) and is closed at the end.
-        threshold: REJECT above it.
-        mode: None is ``live`` for a live source and ``every`` for any other.
+        cameras: with names, where there are several.
+        merger: makes one verdict of several cameras', such as of the views of a part; the outputs get what it makes.
         max_frames: stop after so many verdicts.
+        batch_wait_s: how long an engine that takes several images at once waits for those of other cameras, in seconds.
+        engine_timeout_s: an inference that takes longer is a FAULT for all who wait, in seconds.
         stop: set it, from anywhere, to stop cleanly: what has been captured is still judged and written.
         statistics: the counts to write to, for those who show them while it runs.
 
     After ``run``, ``stopped_by`` says why it ended, ``errors`` holds what went wrong (the cause first), and ``outputs``
     what became of each sink's records.
+
+    Raises:
+        UsageError: cameras without names that tell them apart.
     """
 
     def __init__(
         self,
-        engine: Engine,
-        source: Source,
-        sinks: Sequence[Sink],
+        cameras: Sequence[CameraPlan],
         *,
-        threshold: float,
-        mode: Mode | None = None,
+        merger: Merger | None = None,
         max_frames: int | None = None,
+        batch_wait_s: float = 0.002,
+        engine_timeout_s: float = 5.0,
         stop: threading.Event | None = None,
         statistics: Statistics | None = None,
     ) -> None:
-        self.engine = engine
-        self.source = source
-        self.threshold = threshold
-        self.mode: Mode = mode or ("live" if source.live else "every")
+        names = Counter(plan.name for plan in cameras)
+        if not cameras or (len(cameras) > 1 and (None in names or max(names.values()) > 1)):
+            raise UsageError(f"expected one camera, or several with a name each, got the names {list(names)}")
+        if not 0 < engine_timeout_s < math.inf:
+            raise UsageError(f"engine_timeout_s: expected seconds above 0, got {engine_timeout_s}")
         self.statistics = statistics or Statistics()
         self.stopped_by: StoppedBy = "signal"
         self.errors: list[Exception] = []
         self.outputs: list[dict[str, Any]] = []
-        self._sinks = sinks
-        # A map costs a copy from the GPU. The verdict itself needs it for the regions of rejects.
-        self._maps_above = None if any(getattr(sink, "needs_maps", True) for sink in sinks) else threshold
+        self._merger = merger
+        self._merged: Counter[str] = Counter()
         self._max_frames = max_frames
+        self._engine_timeout_s = engine_timeout_s
         self._stop = stop or threading.Event()
-        every = self.mode == "every"
-        self._mailbox = Mailbox(MAILBOX_FRAMES if every else 1, replace=not every)
-        self._next_id = 0
+        self._stop_s: float | None = None
+        self._failing = threading.Event()
+        self._full = threading.Event()
+        # Held while a judgement goes through mergers and into queues.
+        self._delivery = threading.RLock()
+        self._sinks: list[SinkThread] = []
+        self._judges: list[JudgeThread] = []
+        self._mailboxes: list[Mailbox] = []
+        self.cameras: list[Camera] = []
+        for plans in _sharing_engines(cameras):
+            mailbox = Mailbox(batch_wait_s)
+            self._mailboxes.append(mailbox)
+            self.cameras += [
+                Camera(
+                    plan,
+                    mailbox.lane(),
+                    deliver=self._deliver,
+                    changed=self._changed,
+                    statistics=self.statistics,
+                    max_frames=max_frames,
+                )
+                for plan in plans
+            ]
+        self._connecting = False
+        self._closed = False
+
+    # Results.
 
     def summary(self) -> dict[str, Any]:
         """The run as one JSON-able object, as ``--summary`` writes it (``docs/artifacts.md``)."""
         return {
-            "engine": {"path": str(self.engine.path), "name": self.engine.name, "sha256": self.engine.sha256},
-            "source": self.source.uri,
-            "mode": self.mode,
-            "threshold": self.threshold,
             "stopped_by": self.stopped_by,
             "errors": [str(error) for error in self.errors],
             **self.statistics.summary(),
+            "merged": dict(self._merged) or None,
+            "cameras": [camera.summary() for camera in self.cameras],
             "outputs": self.outputs,
         }
 
@@ -328,143 +156,279 @@ class Pipeline:
         except OutputError as error:
             self.errors.append(error)
 
-    def run(self) -> Statistics:
-        """Stream until the end, ``max_frames``, a stop, or an error. May be called once."""
+    @property
+    def faults(self) -> int:
+        """Verdicts that are FAULT: of frames, or else of what was made of them."""
+        return max(self.statistics.verdicts["FAULT"], self._merged["FAULT"])
+
+    # A run.
+
+    def connect(self) -> None:
+        """Open the cameras, those excepted that are to be waited for; nothing is read yet.
+
+        ``run`` does it where nobody did. Call it before the outputs are opened, so that a camera that is not there
+        leaves the files of an earlier run alone.
+
+        Raises:
+            UsageError, InputError, SourceError, MissingError: a camera cannot be opened.
+        """
+        self._connecting = True
+        for camera in self.cameras:
+            camera.start()
+        needed = [camera for camera in self.cameras if not camera.plan.retry.wait_for_source]
+        while not self._stop.is_set() and not all(camera.connected or camera.done for camera in needed):
+            time.sleep(POLL_S)
+        # One that may be waited for can still be hopeless, such as an unknown option.
+        errors = [camera.error for camera in self.cameras if camera.error is not None]
+        if errors:
+            self.close()
+            raise errors[0]
+
+    def run(self, sinks: Sequence[Sink] = ()) -> Statistics:
+        """Stream until the end, ``max_frames``, a stop, or an error. May be called once.
+
+        Args:
+            sinks: each gets every judgement, or as many as it can take, and is closed at the end.
+        """
+        if not self._connecting:
+            self.connect()
         self.statistics.started_s = time.monotonic()
-        outputs = [SinkThread(sink, wait=self.mode == "every", stop=self._stop) for sink in self._sinks]
-        reader = threading.Thread(target=self._read, name=f"source {self.source.uri}", daemon=True)
-        reader.start()
+        # A live source cannot wait for an output, but a file can.
+        wait = all(camera.connected and not camera.live and camera.mode == "every" for camera in self.cameras)
+        self._sinks = [SinkThread(sink, wait=wait, failed=self._failing.set) for sink in sinks]
+        # A map costs a copy from the GPU. The verdict itself needs it for the regions of rejects.
+        maps_wanted = any(getattr(sink, "needs_maps", True) for sink in sinks)
+        self._judges = [
+            JudgeThread(
+                mailbox, maps_wanted=maps_wanted, engine_timeout_s=self._engine_timeout_s, delivery=self._delivery
+            )
+            for mailbox in self._mailboxes
+        ]
+        notifier = Notifier()
         try:
-            self._judge_all(outputs)
-        finally:
+            for camera in self.cameras:
+                self._changed(camera.change())
+                camera.begin()
+            for judge in self._judges:
+                judge.thread.start()
+            self._watch_over(notifier)
+        except StallError as error:
+            self.stopped_by = "engine_stalled"
+            self.errors.append(error)
+        except BaseException:
+            self.stopped_by = "internal_error"
             self._stop.set()
-            self.statistics.count(dropped=self._mailbox.close())
-            self._join(reader)
-            for output in outputs:
-                output.finish()
-            self.statistics.ended_s = time.monotonic()
-        self.outputs = [output.summary() for output in outputs]
-        failed = [output.error for output in outputs if output.error is not None]
-        if failed and self.stopped_by == "signal":
-            self.stopped_by = "output_failed"
-        self.errors.extend(failed)
+            raise
+        finally:
+            notifier.stopping()
+            self._shut_down()
+            notifier.close()
         return self.statistics
 
-    def _join(self, reader: threading.Thread) -> None:
-        reader.join(STOP_TIMEOUT_S)
-        if reader.is_alive():
-            self.source.close()
-            reader.join(STOP_TIMEOUT_S)
-        if reader.is_alive():
-            self.errors.append(
-                SourceError(
-                    f"{self.source.uri}: the source does not answer; it was left after {2 * STOP_TIMEOUT_S:g} s"
-                )
-            )
+    def close(self) -> None:
+        """Let go of the cameras of a line that was connected, but does not run; may be called again."""
+        if not self._closed:
+            self._closed = True
+            self._join_cameras()
 
-    # The reader's thread.
+    def __enter__(self) -> Line:
+        return self
 
-    def _read(self) -> None:
-        try:
-            while not self._stop.is_set():
-                if self._captured_enough():
-                    self.stopped_by = "max_frames"
-                    break
-                frame = self.source.read(READ_TIMEOUT_S)
-                if frame is not None:
-                    self._accept(frame)
-        except EndOfStream:
-            self.stopped_by = "end_of_stream"
-        except Exception as error:
-            self.stopped_by = "source_failed"
-            self.errors.append(error)
-            self._capture(self._placeholder(time.monotonic(), Fault.SOURCE_FAILED, str(error)))
-        finally:
-            self._mailbox.end()
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
 
-    def _captured_enough(self) -> bool:
-        """In mode ``every`` nothing is read that would not be judged."""
-        return self.mode == "every" and self._max_frames is not None and self._next_id >= self._max_frames
+    # Called by the threads of cameras and judges.
 
-    def _accept(self, frame: Frame) -> None:
-        missed = frame.frame_id - self._next_id
-        if missed < 0:
-            raise SourceError(
-                f"{self.source.uri}: expected frame id {self._next_id} or later, got {frame.frame_id}; ids must rise"
-            )
-        if self.mode == "live":
-            self.statistics.count(captured=missed, dropped=missed)
-            self._next_id = frame.frame_id
-        while self._next_id < frame.frame_id and not self._captured_enough():
-            detail = f"the source was at frame {frame.frame_id} when it could be read again"
-            self._capture(self._placeholder(frame.captured_s, Fault.FRAME_MISSED, detail))
-        if not self._captured_enough():
-            self._capture(frame)
-
-    def _placeholder(self, captured_s: float, code: Fault, detail: str) -> Frame:
-        return Frame(self._next_id, self.source.uri, None, captured_s, fault=code.value, detail=detail)
-
-    def _capture(self, frame: Frame) -> None:
-        self._next_id = frame.frame_id + 1
-        self.statistics.count(captured=1)
-        self.statistics.count(dropped=self._mailbox.put(frame))
-
-    # The caller's thread.
-
-    def _judge_all(self, outputs: Sequence[SinkThread]) -> None:
-        give_up_s = math.inf
-        while not self._mailbox.ended and time.monotonic() < give_up_s:
-            frame = self._mailbox.get(STOP_POLL_S)
-            if frame is None:
-                # A reader that hangs in its driver must not keep the outputs from being completed.
-                if self._stop.is_set():
-                    give_up_s = min(give_up_s, time.monotonic() + STOP_TIMEOUT_S)
-                continue
-            try:
-                judgement = self._judge(frame)
-            except Exception as error:
-                self.stopped_by = "internal_error"
-                self.errors.append(error)
-                judgement = fault(frame, Fault.INTERNAL_ERROR, f"{type(error).__name__}: {error}", self.threshold)
+    def _deliver(self, camera: Camera, judgement: Judgement) -> None:
+        with self._delivery:
+            if self._full.is_set():
+                camera.count(dropped=1)
+                return
             self.statistics.add(judgement)
-            for output in outputs:
-                output.put(judgement)
-            if self.stopped_by == "internal_error":
-                return
-            if self.mode == "live" and self.statistics.judged == self._max_frames:
-                self.stopped_by = "max_frames"
-                return
+            camera.statistics.add(judgement)
+            if self.statistics.judged == self._max_frames:
+                self._full.set()
+            merger = camera.plan.merger
+            self._write([judgement] if merger is None else merger.add(judgement), merged=merger is not None)
 
-    def _judge(self, frame: Frame) -> Judgement:
-        """One frame's verdict, with the milliseconds of each stage; total is from capture to verdict."""
-        started_s = time.monotonic()
-        latency_ms = {"wait": (started_s - frame.captured_s) * 1e3}
-        inferred_s = started_s
-        if frame.fault is not None:
-            judgement = fault(frame, frame.fault, frame.detail, self.threshold)
-        elif frame.image is None:
-            judgement = fault(frame, Fault.INVALID_IMAGE, "the source delivered no image", self.threshold)
-        elif frame.deadline_s is not None and started_s > frame.deadline_s:
-            judgement = fault(frame, Fault.DEADLINE_MISSED, "it was over before the frame's turn came", self.threshold)
+    def _write(self, judgements: Iterable[Judgement], *, merged: bool) -> None:
+        """What a camera, or its merger, makes of its frames, to the outputs. With ``_delivery`` held."""
+        for judgement in judgements:
+            verdicts = [judgement] if self._merger is None else self._merger.add(judgement)
+            self._put(verdicts, merged=merged or self._merger is not None)
+
+    def _put(self, judgements: Iterable[Judgement], *, merged: bool) -> None:
+        for judgement in judgements:
+            self._merged[judgement.verdict] += merged
+            for sink in self._sinks:
+                sink.put(judgement)
+
+    def _changed(self, change: StateChange) -> None:
+        self.statistics.states[change.camera] = change
+        _log.info("%s: %s, %s", change.source, change.state.value, change.detail or "well")
+        for sink in self._sinks:
+            sink.put_state(change)
+
+    # The thread that called ``run``.
+
+    def _watch_over(self, notifier: Notifier) -> None:
+        """Look after everything until there is a reason to end."""
+        ready, status_s = False, -math.inf
+        while not self._is_over():
+            now_s = time.monotonic()
+            for mailbox in self._mailboxes:
+                mailbox.wake()
+            for camera in self.cameras:
+                camera.check(now_s)
+            for judge in self._judges:
+                judge.rescue(now_s)
+            self._merge_late(now_s)
+            if not ready and all(camera.ready for camera in self.cameras):
+                ready = True
+                notifier.ready()
+            if now_s - status_s >= STATUS_INTERVAL_S:
+                status_s = now_s
+                notifier.status(self._status())
+            if all(judge.turns(now_s, notifier.patience_s) for judge in self._judges):
+                notifier.alive()
+            time.sleep(TICK_S)
+
+    def _is_over(self) -> bool:
+        """Whether there is a reason to end, which is then in ``stopped_by``."""
+        if any(judge.error is not None for judge in self._judges):
+            self.stopped_by = "internal_error"
+        elif self._full.is_set():
+            self.stopped_by = "max_frames"
+        elif any(camera.error is not None for camera in self.cameras):
+            self.stopped_by = "source_failed"
+        elif self._stop.is_set():
+            self.stopped_by = "signal"
+        elif self._failing.is_set():
+            self.stopped_by = "output_failed"
+        elif not any(judge.thread.is_alive() for judge in self._judges):
+            self.stopped_by = "end_of_stream"
         else:
+            return False
+        return True
+
+    def _merge_late(self, now_s: float) -> None:
+        """Let mergers decide without what did not come in time."""
+        mergers = [camera.plan.merger for camera in self.cameras if camera.plan.merger is not None]
+        # Whoever waits for a slow output holds it; then the next turn will do.
+        if not (mergers or self._merger) or not self._delivery.acquire(blocking=False):
+            return
+        try:
+            for merger in mergers:
+                self._write(merger.expire(now_s), merged=True)
+            if self._merger is not None:
+                self._put(self._merger.expire(now_s), merged=True)
+        finally:
+            self._delivery.release()
+
+    def _status(self) -> str:
+        ill = [
+            f"{change.camera or change.source} is {change.state.value}"
+            for change in list(self.statistics.states.values())
+            if change.state is not SourceState.RUNNING
+        ]
+        return "; ".join([self.statistics.counts_line(), *ill])
+
+    # The end.
+
+    def _until_s(self, after_stop_s: float) -> float:
+        """When to wait no longer: never, unless somebody asked for a stop."""
+        if self._stop_s is None and self._stop.is_set():
+            self._stop_s = time.monotonic()
+        return math.inf if self._stop_s is None else self._stop_s + after_stop_s
+
+    def _shut_down(self) -> None:
+        """Judge and write what has been captured; what hangs, or takes too long after a stop, is left behind."""
+        self._closed = True
+        self._join_cameras()
+        for camera in self.cameras:
+            if self.stopped_by in ("internal_error", "max_frames", "engine_stalled"):
+                camera.count(dropped=camera.lane.close())
+            if camera.error is not None:
+                self.errors.append(camera.error)
+        self._join_judges()
+        self._flush_mergers()
+        for sink in self._sinks:
+            sink.end()
+        self._wait(lambda: not any(sink.alive for sink in self._sinks), SINKS_LEFT_S)
+        for sink in self._sinks:
+            sink.join(time.monotonic())
+            if sink.error is not None:
+                self.errors.append(sink.error)
+        self.outputs = [sink.summary() for sink in self._sinks]
+        self.statistics.ended_s = time.monotonic()
+        for camera in self.cameras:
+            camera.statistics.ended_s = self.statistics.ended_s
+
+    def _join_cameras(self) -> None:
+        now_s = time.monotonic()
+        for camera in self.cameras:
+            camera.stop()
+        wait_until(lambda: not any(camera.alive for camera in self.cameras), now_s + READERS_RETURN_S)
+        for camera in self.cameras:
+            camera.close_source()
+        for camera in self.cameras:
+            camera.join(now_s + READERS_LEFT_S)
+
+    def _join_judges(self) -> None:
+        self._wait(lambda: not any(judge.thread.is_alive() for judge in self._judges), JUDGES_DRAIN_S)
+        for camera in self.cameras:
+            camera.count(dropped=camera.lane.close())
+        self._wait(lambda: not any(judge.thread.is_alive() for judge in self._judges), JUDGES_LEFT_S)
+        for judge in self._judges:
+            if judge.error is not None:
+                self.errors.insert(0, judge.error)
+            if judge.thread.is_alive():
+                judge.fault_all("the engine did not answer until the end of the run")
+                leave(judge.thread)
+                if not any(isinstance(error, StallError) for error in self.errors):
+                    self.errors.append(StallError("the engine does not answer, and was left behind"))
+
+    def _wait(self, condition: Callable[[], bool], after_stop_s: float) -> None:
+        """Until the condition holds, so many seconds after a stop, or until an engine is given up."""
+        while not condition() and time.monotonic() < self._until_s(after_stop_s):
+            if self._stop_s is not None:
+                self._release_outputs()
             try:
-                inference = self.engine.infer([frame.image], maps_above=self._maps_above)
-            except InputError as error:
-                judgement = fault(frame, Fault.INVALID_IMAGE, str(error), self.threshold)
-            except ModelError as error:
-                judgement = fault(frame, Fault.INFERENCE_FAILED, str(error), self.threshold)
-            else:
-                latency_ms.update(inference.stage_ms)
-                inferred_s = time.monotonic()
-                judgement = judge(frame, inference, self.threshold, self.engine.spec.input)
-        decided_s = time.monotonic()
-        if judgement.fault is None and frame.deadline_s is not None and decided_s > frame.deadline_s:
-            late_ms = (decided_s - frame.deadline_s) * 1e3
-            detail = f"{judgement.verdict} came {late_ms:.1f} ms after the deadline"
-            judgement = fault(frame, Fault.DEADLINE_MISSED, detail, self.threshold)
-        latency_ms["decide"] = (decided_s - inferred_s) * 1e3
-        latency_ms["total"] = (decided_s - frame.captured_s) * 1e3
-        return dataclasses.replace(judgement, latency_ms=latency_ms)
+                for judge in self._judges:
+                    judge.mailbox.wake()
+                    judge.rescue(time.monotonic())
+            except StallError as error:
+                if not any(isinstance(known, StallError) for known in self.errors):
+                    self.errors.append(error)
+                return
+            time.sleep(POLL_S)
+
+    def _release_outputs(self) -> None:
+        """Nobody waits for a slow output any more."""
+        for sink in self._sinks:
+            sink.release()
+
+    def _flush_mergers(self) -> None:
+        with self._delivery:
+            for camera in self.cameras:
+                if camera.plan.merger is not None:
+                    self._write(camera.plan.merger.flush(), merged=True)
+            if self._merger is not None:
+                self._put(self._merger.flush(), merged=True)
+
+
+def _sharing_engines(cameras: Sequence[CameraPlan]) -> list[list[CameraPlan]]:
+    """Cameras that have an engine in common, directly or through others, belong together."""
+    groups: list[tuple[set[int], list[CameraPlan]]] = []
+    for plan in cameras:
+        engines = {id(product.engine) for product in plan.products.values()}
+        together = [group for group in groups if group[0] & engines]
+        groups = [group for group in groups if group not in together]
+        merged = [member for _, members in together for member in members]
+        groups.append((engines.union(*(group[0] for group in together)), [*merged, plan]))
+    return [plans for _, plans in groups]
 
 
 @contextmanager

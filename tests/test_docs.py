@@ -14,11 +14,15 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel
 
+from recontrast_edge.camera_plan import CameraPlan
 from recontrast_edge.cli.reference import reference
+from recontrast_edge.engines import open_engine
 from recontrast_edge.frame import Frame, Judgement
-from recontrast_edge.pipeline import Statistics
+from recontrast_edge.pipeline import Line
 from recontrast_edge.plan import Calibration, Comparison, PlanInfo
+from recontrast_edge.sources import open_source
 from recontrast_edge.spec import InputSpec, ModelSpec, Scoring, Threshold
+from recontrast_edge.task import Product
 from recontrast_edge.verdict import Fault
 
 ROOT = Path(__file__).parent.parent
@@ -145,4 +149,13 @@ def test_every_field_of_a_record_is_documented() -> None:
 
 
 def test_every_field_of_a_summary_is_documented() -> None:
-    assert documented("Summary") >= set(Statistics().summary())
+    uri = "synthetic://mixed?frames=1&fps=0"
+    with open_engine("demo") as engine:
+        line = Line([CameraPlan(uri, lambda: open_source(uri), Product(engine, 1.0))])
+        line.run()
+        summary = line.summary()
+    (camera,) = summary["cameras"]
+    (product,) = camera["products"]
+    assert documented("Summary") == set(summary)
+    text = ARTIFACTS.read_text(encoding="utf-8")
+    assert not [name for name in (*camera, *product, *product["engine"]) if f"`{name}`" not in text]

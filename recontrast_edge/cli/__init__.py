@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import traceback
+from typing import NoReturn
 
 import typer
 
@@ -59,11 +60,23 @@ def main() -> None:
         app()
     except RecontrastError as error:
         typer.echo(f"error: {error}", err=True)
-        sys.exit(error.exit_code)
+        _exit(error.exit_code)
     except KeyboardInterrupt:
         typer.echo("interrupted", err=True)
-        sys.exit(EXIT_INTERRUPTED)
+        _exit(EXIT_INTERRUPTED)
+    except SystemExit as ended:
+        _exit(ended.code)
     except Exception:
         traceback.print_exc()
         typer.echo("error: this is a defect in recontrast-edge; please report it with the lines above", err=True)
-        sys.exit(RecontrastError.exit_code)
+        _exit(RecontrastError.exit_code)
+
+
+def _exit(code: str | int | None) -> NoReturn:
+    """End, even where a driver hangs on a thread that was left behind: libraries' exit handlers could wait for it."""
+    bounded = sys.modules.get("recontrast_edge.bounded")
+    if bounded is not None and bounded.left_behind():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code if isinstance(code, int) else int(code is not None))
+    sys.exit(code)

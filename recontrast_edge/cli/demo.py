@@ -30,8 +30,9 @@ def demo_command(
     from threading import Event
 
     from recontrast_edge.demo import REPORT_NAME, SHEET_NAME, VIDEO_NAME, run_demo
-    from recontrast_edge.pipeline import Statistics, stop_on_signals
+    from recontrast_edge.pipeline import stop_on_signals
     from recontrast_edge.sinks.terminal import TerminalView
+    from recontrast_edge.statistics import Statistics
 
     def view(statistics: Statistics, title: str) -> TerminalView:
         return TerminalView(statistics, title=title, to_stderr=False)
@@ -41,7 +42,7 @@ def demo_command(
         result = run_demo(
             out, frames=frames, seed=seed, fps=fps, stop=stop, threads=threads, view=None if quiet else view
         )
-    for truth, row in result.pipeline.statistics.confusion.items():
+    for truth, row in result.line.statistics.confusion.items():
         verdicts = ", ".join(f"{count} {verdict}" for verdict, count in row.items())
         typer.echo(f"{truth:>6} parts: {verdicts}")
     if result.auroc is not None:
@@ -49,4 +50,4 @@ def demo_command(
     for name, what in ((VIDEO_NAME, "annotated video"), (SHEET_NAME, "contact sheet"), (REPORT_NAME, "report")):
         if (out / name).exists():
             typer.echo(f"{what + ':':16} {out / name}")
-    finish(result.pipeline, to_stderr=False)
+    finish(result.line, to_stderr=False)

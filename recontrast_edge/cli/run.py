@@ -12,7 +12,11 @@ from recontrast_edge.cli import app
 from recontrast_edge.errors import EXIT_FAULTS, UsageError
 
 if TYPE_CHECKING:
-    from recontrast_edge.pipeline import Pipeline
+    from recontrast_edge.pipeline import Line
+
+
+ENGINE_CLOSE_S = 0.5
+"""How long the command waits for the engine to close, in seconds."""
 
 
 class ModeOption(str, Enum):
@@ -61,18 +65,35 @@ def run_command(
     threads: Annotated[
         int | None, typer.Option(min=1, max=1024, help="CPU threads.  [default: chosen by the engine]")
     ] = None,
+    wait_for_source: Annotated[
+        bool, typer.Option("--wait-for-source", help="Wait for a source that cannot be opened, instead of ending.")
+    ] = False,
+    max_reconnects: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            metavar="N",
+            help="End when a live source could not be opened again N times in a row.  [default: try for ever]",
+        ),
+    ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No live view; only the last line.")] = False,
 ) -> None:
     """Judge every frame of a source: PASS, REJECT or FAULT."""
     from contextlib import ExitStack, closing
     from threading import Event
 
+    from recontrast_edge.bounded import call_bounded
+    from recontrast_edge.camera_plan import CameraPlan, Retry
     from recontrast_edge.engines import open_engine
-    from recontrast_edge.pipeline import Pipeline, Statistics, stop_on_signals, warm_up
+    from recontrast_edge.pipeline import Line, stop_on_signals, warm_up
+    from recontrast_edge.secrets import masked_uri
     from recontrast_edge.sinks import sink_opener
     from recontrast_edge.sinks.terminal import TerminalView
     from recontrast_edge.sources import open_source
+    from recontrast_edge.statistics import Statistics
+    from recontrast_edge.task import Product
     from recontrast_edge.verdict import resolve_threshold
+    from recontrast_edge.webmerge import open_merger
 
     outputs = output or []
     if len(set(outputs)) < len(outputs):
@@ -81,42 +102,46 @@ def run_command(
     openers = [sink_opener(uri) for uri in outputs]
     stop, statistics = Event(), Statistics()
     with ExitStack() as stack:
-        opened = stack.enter_context(open_engine(engine, threads=threads))
-        limit = resolve_threshold(opened, threshold)
+        opened = open_engine(engine, threads=threads)
+        # One that hangs must not keep the command from ending.
+        stack.callback(call_bounded, opened.close, timeout_s=ENGINE_CLOSE_S, name="close the engine")
+        product = Product(opened, resolve_threshold(opened, threshold))
         warm_up(opened)
-        frames = stack.enter_context(closing(open_source(source)))
-        sinks = [stack.enter_context(closing(open_sink(opened.spec.input))) for open_sink in openers]
-        stack.enter_context(stop_on_signals(stop))
-        if not quiet:
-            title = f"{opened.spec.class_name} · {opened.name} · {frames.uri}"
-            view = TerminalView(statistics, title=title, to_stderr=records_on_stdout)
-            sinks.append(stack.enter_context(closing(view)))
-        pipeline = Pipeline(
-            opened,
-            frames,
-            sinks,
-            threshold=limit,
+        plan = CameraPlan(
+            masked_uri(source),
+            lambda: open_source(source),
+            product,
             mode=None if mode is None else mode.value,
-            max_frames=max_frames,
-            stop=stop,
-            statistics=statistics,
+            merger=open_merger(source),
+            retry=Retry(wait_for_source=wait_for_source, max_reconnects=max_reconnects),
         )
-        pipeline.run()
+        line = stack.enter_context(Line([plan], max_frames=max_frames, stop=stop, statistics=statistics))
+        stack.enter_context(stop_on_signals(stop))
+        line.connect()
+        with ExitStack() as until_run:
+            sinks = [until_run.enter_context(closing(open_sink(opened.spec.input))) for open_sink in openers]
+            if not quiet:
+                title = f"{opened.spec.class_name} · {opened.name} · {line.cameras[0].uri}"
+                view = TerminalView(statistics, title=title, to_stderr=records_on_stdout)
+                sinks.append(until_run.enter_context(closing(view)))
+            # From here on the line closes them, and does not wait for one that hangs.
+            until_run.pop_all()
+        line.run(sinks)
         if summary is not None:
-            pipeline.write_summary(summary)
-    finish(pipeline, to_stderr=records_on_stdout)
+            line.write_summary(summary)
+    finish(line, to_stderr=records_on_stdout)
 
 
-def finish(pipeline: Pipeline, *, to_stderr: bool) -> None:
+def finish(line: Line, *, to_stderr: bool) -> None:
     """Say how the run ended, in one line, and end with the exit code that belongs to it."""
-    statistics = pipeline.statistics
-    reason = pipeline.stopped_by.replace("_", " ")
+    statistics = line.statistics
+    reason = line.stopped_by.replace("_", " ")
     typer.echo(f"{statistics.counts_line()}; {statistics.latency_line()}; stopped by {reason}", err=to_stderr)
     # Whoever read the records on standard output (`| head`) may leave; that is no error.
-    errors = [error for error in pipeline.errors if not isinstance(error, BrokenPipeError)]
+    errors = [error for error in line.errors if not isinstance(error, BrokenPipeError)]
     if errors:
         for error in errors[1:]:
             typer.echo(f"error: {error}", err=True)
         raise errors[0]
-    if statistics.verdicts["FAULT"]:
+    if line.faults:
         raise typer.Exit(EXIT_FAULTS)

@@ -87,7 +87,11 @@ def test_a_folder_to_every_output(run, parts: Path, tmp_path: Path) -> None:
     summary = json.loads((out / "summary.json").read_text())
     assert (summary["captured"], summary["judged"], summary["dropped"]) == (6, 6, 0)
     assert summary["verdicts"] == {"PASS": 4, "REJECT": 2, "FAULT": 0}
-    assert (summary["mode"], summary["stopped_by"], summary["threshold"]) == ("every", "end_of_stream", 0.5)
+    assert summary["stopped_by"] == "end_of_stream"
+    (camera,) = summary["cameras"]
+    assert (camera["source"], camera["mode"], camera["state"]) == (str(parts), "every", "ENDED")
+    assert (camera["captured"], camera["judged"], camera["dropped"]) == (6, 6, 0)
+    assert [product["threshold"] for product in camera["products"]] == [0.5]
     assert set(summary["latency_ms"]) == {"wait", "preprocess", "infer", "decide", "total"}
     assert set(summary["latency_ms"]["total"]) == {"p50", "p90", "p99", "max", "mean", "count"}
     assert [output["written"] for output in summary["outputs"]][:3] == [6, 6, 6]
@@ -200,7 +204,7 @@ def test_a_live_source_accounts_for_every_frame(run, tmp_path: Path) -> None:
     )
     assert code == 0
     summary = json.loads((tmp_path / "summary.json").read_text())
-    assert summary["mode"] == "live"
+    assert summary["cameras"][0]["mode"] == "live"
     assert summary["captured"] == summary["judged"] + summary["dropped"] <= 50
     assert sum(sum(row.values()) for row in summary["confusion"].values()) == summary["judged"]
 

@@ -10,12 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from recontrast_edge.camera_plan import CameraPlan
 from recontrast_edge.engines import Engine, engine_path, open_engine
 from recontrast_edge.metrics import auroc
-from recontrast_edge.pipeline import Pipeline
+from recontrast_edge.pipeline import Line
 from recontrast_edge.sinks import open_sink
 from recontrast_edge.sources import open_source
 from recontrast_edge.synthetic import SyntheticLine
+from recontrast_edge.task import Product
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -87,7 +89,7 @@ def test_a_frame_has_one_score_whatever_batch_mode_and_output(engine: Engine, tm
         ):
             collected = Scores()
             sinks = [collected, *(open_sink(output, input_spec=engine.spec.input) for output in outputs)]
-            Pipeline(engine, open_source(uri), sinks, threshold=1.0, mode=mode).run()  # type: ignore[arg-type]
+            Line([CameraPlan(uri, lambda: open_source(uri), Product(engine, 1.0), mode=mode)]).run(sinks)
             assert collected.scores
             assert mode == "live" or len(collected.scores) == 9
             assert all(score == alone[frame_id] for frame_id, score in collected.scores.items())

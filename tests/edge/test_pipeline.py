@@ -4,107 +4,28 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from recontrast_edge import pipeline as pipeline_module
-from recontrast_edge.engines import Engine, Inference, open_engine
-from recontrast_edge.errors import ModelError, OutputError, SourceError
-from recontrast_edge.frame import EndOfStream, Frame, Judgement
-from recontrast_edge.pipeline import SINK_JUDGEMENTS, Mailbox, Pipeline, stop_on_signals, warm_up
-
-THRESHOLD = 0.5
-
-
-def picture(brightness: int) -> np.ndarray:
-    return np.full((32, 32), brightness, np.uint8)
-
-
-def frames(count: int, **more) -> list[Frame]:
-    """Every third is a defect."""
-    return [
-        Frame(
-            index,
-            "fake",
-            picture(200 if index % 3 == 0 else 50),
-            time.monotonic(),
-            truth="defect" if index % 3 == 0 else "good",
-            **more,
-        )
-        for index in range(count)
-    ]
-
-
-class FakeSource:
-    """Delivers a list, then ends, breaks, or goes on waiting."""
-
-    def __init__(self, items, *, live=False, interval_s=0.0, end: Exception | None = None) -> None:
-        self.uri = "fake://"
-        self.live = live
-        self._items: Iterator[Frame | None] = iter(items)
-        self._interval_s = interval_s
-        self._end = end
-
-    def read(self, timeout_s: float) -> Frame | None:
-        time.sleep(self._interval_s)
-        for item in self._items:
-            return item
-        raise self._end or EndOfStream
-
-    def close(self) -> None:
-        pass
-
-
-class Endless(FakeSource):
-    def __init__(self) -> None:
-        super().__init__([])
-        self.live = True
-        self._next = 0
-
-    def read(self, timeout_s: float) -> Frame | None:
-        time.sleep(0.002)
-        self._next += 1
-        return Frame(self._next - 1, "fake", picture(50), time.monotonic())
-
-
-class FakeSink:
-    def __init__(self, *, delay_s=0.0, fail_at: int | None = None, error: Exception | None = None) -> None:
-        self.uri = "fake-sink"
-        self.taken: list[Judgement] = []
-        self.closed = 0
-        self._delay_s = delay_s
-        self._fail_at = fail_at
-        self._error = error or OutputError("the disk is full")
-
-    def write(self, judgement: Judgement) -> None:
-        time.sleep(self._delay_s)
-        if len(self.taken) == self._fail_at:
-            raise self._error
-        self.taken.append(judgement)
-
-    def close(self) -> None:
-        self.closed += 1
-
-    @property
-    def ids(self) -> list[int]:
-        return [judgement.frame.frame_id for judgement in self.taken]
-
-
-class Wrapped:
-    """The tiny engine with something done before each inference."""
-
-    def __init__(self, engine: Engine, before: Callable[[], None]) -> None:
-        self._engine = engine
-        self._before = before
-        self.spec, self.path, self.name, self.sha256 = engine.spec, engine.path, engine.name, engine.sha256
-
-    def infer(self, images, *, maps_above=None) -> Inference:
-        self.maps_above = maps_above
-        self._before()
-        return self._engine.infer(images)
+from recontrast_edge.engines import Engine, open_engine
+from recontrast_edge.errors import ModelError, SourceError
+from recontrast_edge.frame import Frame, Judgement
+from recontrast_edge.pipeline import stop_on_signals, warm_up
+from recontrast_edge.sink_thread import SINK_JUDGEMENTS
+from tests.edge.fakes_line import (
+    THRESHOLD,
+    FakeSink,
+    FakeSource,
+    Wrapped,
+    endless,
+    frame,
+    frames,
+    picture,
+    run,
+)
 
 
 @pytest.fixture
@@ -113,22 +34,13 @@ def engine(tiny_model: Path) -> Iterator[Engine]:
         yield opened
 
 
-def run(engine, source, *sinks, **more) -> Pipeline:
-    pipeline = Pipeline(engine, source, sinks, threshold=THRESHOLD, **more)
-    statistics = pipeline.run()
-    assert statistics.captured == statistics.judged + statistics.dropped
-    assert all(sink.closed >= 1 for sink in sinks)
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith(("sink", "source fake"))]
-    return pipeline
-
-
 def test_every_frame_is_judged_in_order(engine) -> None:
     sink = FakeSink()
-    pipeline = run(engine, FakeSource(frames(30)), sink)
-    assert (pipeline.mode, pipeline.stopped_by, pipeline.errors) == ("every", "end_of_stream", [])
+    line = run(engine, FakeSource(frames(30)), sink)
+    assert (line.cameras[0].mode, line.stopped_by, line.errors) == ("every", "end_of_stream", [])
     assert sink.ids == list(range(30))
-    assert pipeline.statistics.verdicts == {"PASS": 20, "REJECT": 10, "FAULT": 0}
-    assert pipeline.statistics.confusion == {
+    assert line.statistics.verdicts == {"PASS": 20, "REJECT": 10, "FAULT": 0}
+    assert line.statistics.confusion == {
         "good": {"PASS": 20, "REJECT": 0, "FAULT": 0},
         "defect": {"PASS": 0, "REJECT": 10, "FAULT": 0},
     }
@@ -168,9 +80,9 @@ def test_total_counts_from_capture(engine) -> None:
 
 def test_every_waits_for_a_slow_sink(engine) -> None:
     sink = FakeSink(delay_s=0.01)
-    pipeline = run(engine, FakeSource(frames(40)), sink)
+    line = run(engine, FakeSource(frames(40)), sink)
     assert sink.ids == list(range(40))
-    assert pipeline.outputs[0]["dropped"] == 0
+    assert line.outputs[0]["dropped"] == 0
 
 
 def test_live_takes_the_newest_and_counts_the_rest(engine) -> None:
@@ -188,14 +100,14 @@ def test_live_takes_the_newest_and_counts_the_rest(engine) -> None:
         delivered.wait()
 
     sink = FakeSink()
-    pipeline = run(Wrapped(engine, before), FakeSource(items(), live=True), sink)
-    assert pipeline.mode == "live"
-    assert (pipeline.statistics.captured, pipeline.statistics.dropped) == (60, 58)
+    line = run(Wrapped(engine, before), FakeSource(items(), live=True), sink)
+    assert line.cameras[0].mode == "live"
+    assert (line.statistics.captured, line.statistics.dropped) == (60, 58)
     assert sink.ids == [0, 59], "the newest frame is judged, whatever was dropped"
 
 
 def test_live_counts_frames_the_source_went_past(engine) -> None:
-    some = [frame for frame in frames(20) if frame.frame_id not in (0, 7, 8, 9)]
+    some = [item for item in frames(20) if item.frame_id not in (0, 7, 8, 9)]
     statistics = run(engine, FakeSource(some, live=True, interval_s=0.01), FakeSink()).statistics
     assert statistics.captured == 20
     assert statistics.dropped >= 4
@@ -203,11 +115,11 @@ def test_live_counts_frames_the_source_went_past(engine) -> None:
 
 def test_every_makes_a_fault_of_frames_the_source_went_past(engine) -> None:
     sink = FakeSink()
-    some = [frame for frame in frames(10) if frame.frame_id not in (4, 5)]
-    pipeline = run(engine, FakeSource(some, live=True), sink, mode="every")
+    some = [item for item in frames(10) if item.frame_id not in (4, 5)]
+    line = run(engine, FakeSource(some, live=True), sink, mode="every")
     assert sink.ids == list(range(10))
     assert [judgement.fault for judgement in sink.taken[4:6]] == ["frame_missed"] * 2
-    assert pipeline.statistics.faults == {"frame_missed": 2}
+    assert line.statistics.faults == {"frame_missed": 2}
 
 
 def test_live_never_waits_for_a_slow_sink(engine) -> None:
@@ -219,46 +131,47 @@ def test_live_never_waits_for_a_slow_sink(engine) -> None:
             released.wait()
 
     def items() -> Iterator[Frame]:
-        for frame in frames(60):
-            yield frame
-            while len(fast.taken) <= frame.frame_id:
+        for index in range(4 * SINK_JUDGEMENTS):
+            yield frame(index)
+            while len(fast.taken) <= index:
                 time.sleep(0.001)
         released.set()
 
-    pipeline = run(engine, FakeSource(items(), live=True), Stuck(), fast)
-    by_stuck, by_fast = pipeline.outputs
-    assert fast.ids == list(range(60)), "the others get theirs at once"
-    assert by_stuck["written"] + by_stuck["dropped"] == 60
-    assert by_stuck["dropped"] >= 60 - SINK_JUDGEMENTS - 1
-    assert by_fast == {"uri": "fake-sink", "written": 60, "dropped": 0, "error": None}
+    line = run(engine, FakeSource(items(), live=True), Stuck(), fast)
+    by_stuck, by_fast = line.outputs
+    count = 4 * SINK_JUDGEMENTS
+    assert fast.ids == list(range(count)), "the others get theirs at once"
+    assert by_stuck["written"] + by_stuck["dropped"] == count
+    assert by_stuck["dropped"] >= count - SINK_JUDGEMENTS - 1
+    assert by_fast == {"uri": "fake-sink", "written": count, "dropped": 0, "error": None, "counters": {}}
 
 
 @pytest.mark.parametrize("mode", ["live", "every"])
 def test_max_frames(engine, mode: str) -> None:
     sink = FakeSink()
-    pipeline = run(engine, FakeSource(frames(50), interval_s=0.001), sink, mode=mode, max_frames=7)
-    assert pipeline.stopped_by == "max_frames"
-    assert pipeline.statistics.judged == len(sink.taken) == 7
+    line = run(engine, FakeSource(frames(50), interval_s=0.001), sink, mode=mode, max_frames=7)
+    assert line.stopped_by == "max_frames"
+    assert line.statistics.judged == len(sink.taken) == 7
     if mode == "every":
-        assert pipeline.statistics.captured == 7, "nothing is read that is not judged"
+        assert line.statistics.captured == 7, "nothing is read that is not judged"
 
 
 def test_max_frames_also_ends_in_a_gap(engine) -> None:
     sink = FakeSink()
-    pipeline = run(engine, FakeSource([frames(1)[0], frames(1000)[999]]), sink, max_frames=5)
+    line = run(engine, FakeSource([frames(1)[0], frames(1000)[999]]), sink, max_frames=5)
     assert sink.ids == list(range(5))
-    assert pipeline.stopped_by == "max_frames"
+    assert line.stopped_by == "max_frames"
 
 
 @pytest.mark.parametrize("mode", ["live", "every"])
 def test_a_stop_ends_an_endless_stream(engine, mode: str) -> None:
     stop, sink = threading.Event(), FakeSink()
     threading.Timer(0.15, stop.set).start()
-    pipeline = run(engine, Endless(), sink, mode=mode, stop=stop)
-    assert pipeline.stopped_by == "signal"
-    assert pipeline.statistics.judged == len(sink.taken) > 0
+    line = run(engine, endless(), sink, mode=mode, stop=stop)
+    assert line.stopped_by == "signal"
+    assert line.statistics.judged == len(sink.taken) > 0
     if mode == "every":
-        assert pipeline.statistics.dropped == 0, "what was captured is judged"
+        assert line.statistics.dropped == 0, "what was captured is judged"
 
 
 def test_a_source_that_times_out_goes_on(engine) -> None:
@@ -272,18 +185,18 @@ def test_a_source_that_times_out_goes_on(engine) -> None:
 def test_a_broken_source_leaves_a_last_record(engine, mode: str) -> None:
     sink = FakeSink()
     source = FakeSource(frames(5), end=SourceError("the cable was pulled"), interval_s=0.005)
-    pipeline = run(engine, source, sink, mode=mode)
+    line = run(engine, source, sink, mode=mode)
     last = sink.taken[-1]
     assert (last.frame.frame_id, last.verdict, last.fault) == (5, "FAULT", "source_failed")
     assert last.detail == "the cable was pulled"
-    assert pipeline.stopped_by == "source_failed"
-    assert [str(error) for error in pipeline.errors] == ["the cable was pulled"]
+    assert line.stopped_by == "source_failed"
+    assert [str(error) for error in line.errors] == ["the cable was pulled"]
 
 
 def test_ids_that_do_not_rise_are_a_broken_source(engine) -> None:
     first, second = frames(2)
-    pipeline = run(engine, FakeSource([second, first]), FakeSink())
-    assert isinstance(pipeline.errors[0], SourceError)
+    line = run(engine, FakeSource([second, first]), FakeSink())
+    assert isinstance(line.errors[0], SourceError)
 
 
 def test_a_broken_image_is_a_fault_and_the_stream_goes_on(engine) -> None:
@@ -291,11 +204,11 @@ def test_a_broken_image_is_a_fault_and_the_stream_goes_on(engine) -> None:
     broken = Frame(1, "fake", None, second.captured_s, fault="unreadable_image", detail="cut off")
     unplugged = Frame(2, "fake", np.zeros((0, 1920), np.uint8), third.captured_s)
     sink = FakeSink()
-    pipeline = run(engine, FakeSource([first, broken, unplugged, fourth]), sink)
+    line = run(engine, FakeSource([first, broken, unplugged, fourth]), sink)
     assert [judgement.verdict for judgement in sink.taken] == ["REJECT", "FAULT", "FAULT", "REJECT"]
     assert [judgement.fault for judgement in sink.taken[1:3]] == ["unreadable_image", "invalid_image"]
     assert sink.taken[1].detail == "cut off"
-    assert pipeline.errors == []
+    assert line.errors == []
 
 
 def test_no_image_and_no_reason_is_a_fault(engine) -> None:
@@ -309,9 +222,9 @@ def test_a_failing_engine_is_a_fault_for_each_frame(engine) -> None:
         raise ModelError("the device is lost")
 
     sink = FakeSink()
-    pipeline = run(Wrapped(engine, fail), FakeSource(frames(3)), sink)
+    line = run(Wrapped(engine, fail), FakeSource(frames(3)), sink)
     assert [judgement.fault for judgement in sink.taken] == ["inference_failed"] * 3
-    assert pipeline.errors == []
+    assert line.errors == []
 
 
 def test_a_defect_of_ours_stops_the_run_and_surfaces(engine) -> None:
@@ -319,10 +232,10 @@ def test_a_defect_of_ours_stops_the_run_and_surfaces(engine) -> None:
         raise ZeroDivisionError("a defect")
 
     sink = FakeSink()
-    pipeline = run(Wrapped(engine, fail), FakeSource(frames(50)), sink)
+    line = run(Wrapped(engine, fail), FakeSource(frames(50)), sink)
     assert [judgement.fault for judgement in sink.taken] == ["internal_error"]
-    assert pipeline.stopped_by == "internal_error"
-    assert isinstance(pipeline.errors[0], ZeroDivisionError)
+    assert line.stopped_by == "internal_error"
+    assert isinstance(line.errors[0], ZeroDivisionError)
 
 
 def test_deadlines(engine) -> None:
@@ -346,33 +259,14 @@ def test_deadlines(engine) -> None:
 
 def test_a_failing_sink_ends_the_run_and_completes_the_others(engine) -> None:
     failing, other = FakeSink(fail_at=3), FakeSink()
-    source = Endless()
-    pipeline = run(engine, source, failing, other, mode="every")
-    assert pipeline.stopped_by == "output_failed"
-    assert [str(error) for error in pipeline.errors] == ["the disk is full"]
-    assert other.ids == list(range(pipeline.statistics.judged))
-    assert pipeline.outputs[0]["error"] == "the disk is full"
-    assert pipeline.outputs[0]["written"] == 3
-    assert pipeline.outputs[0]["dropped"] == pipeline.statistics.judged - 3
-
-
-def test_a_source_that_hangs_is_left(engine, monkeypatch) -> None:
-    monkeypatch.setattr(pipeline_module, "STOP_TIMEOUT_S", 0.1)
-    monkeypatch.setattr(pipeline_module, "STOP_POLL_S", 0.02)
-    released = threading.Event()
-
-    class Hanging(FakeSource):
-        def read(self, timeout_s: float) -> Frame | None:
-            released.wait()
-            raise EndOfStream
-
-    stop, sink = threading.Event(), FakeSink()
-    threading.Timer(0.05, stop.set).start()
-    pipeline = Pipeline(engine, Hanging([]), [sink], threshold=THRESHOLD, stop=stop)
-    pipeline.run()
-    released.set()
-    assert sink.closed
-    assert "does not answer" in str(pipeline.errors[0])
+    source = endless()
+    line = run(engine, source, failing, other, mode="every")
+    assert line.stopped_by == "output_failed"
+    assert [str(error) for error in line.errors] == ["the disk is full"]
+    assert other.ids == list(range(line.statistics.judged))
+    assert line.outputs[0]["error"] == "the disk is full"
+    assert line.outputs[0]["written"] == 3
+    assert line.outputs[0]["dropped"] == line.statistics.judged - 3
 
 
 def test_a_signal_stops_and_handlers_come_back() -> None:
@@ -383,18 +277,6 @@ def test_a_signal_stops_and_handlers_come_back() -> None:
         assert stop.wait(1.0)
         assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL, "the second one ends the process at once"
     assert signal.getsignal(signal.SIGTERM) is before
-
-
-def test_mailbox_frees_a_waiting_reader_when_the_judge_leaves() -> None:
-    mailbox = Mailbox(1, replace=False)
-    first, second = frames(2)
-    assert mailbox.put(first) == 0
-    dropped: list[int] = []
-    reader = threading.Thread(target=lambda: dropped.append(mailbox.put(second)))
-    reader.start()
-    assert mailbox.close() == 1
-    reader.join(1.0)
-    assert dropped == [1]
 
 
 def test_warm_up_reaches_the_roi(engine) -> None:

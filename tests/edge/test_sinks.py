@@ -16,7 +16,6 @@ import pytest
 
 from recontrast_edge.errors import OutputError, UsageError
 from recontrast_edge.frame import Frame, Judgement, Region, Sink
-from recontrast_edge.pipeline import Statistics
 from recontrast_edge.render import GAP, STRIP_HEIGHT, annotate, panel_size
 from recontrast_edge.sinks import open_sink
 from recontrast_edge.sinks.images import MAP_STEP
