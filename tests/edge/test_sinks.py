@@ -21,6 +21,7 @@ from recontrast_edge.sinks import open_sink
 from recontrast_edge.sinks.images import MAP_STEP
 from recontrast_edge.sinks.terminal import TerminalView
 from recontrast_edge.spec import InputSpec, Roi
+from recontrast_edge.statistics import Statistics
 
 SPEC = InputSpec(size_wh=(32, 32), resize_wh=(32, 32), mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
 
