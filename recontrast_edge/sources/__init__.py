@@ -12,6 +12,7 @@
 | `usb:0`, `/dev/video0` | a camera's, through V4L2 |
 | `csi:0` | a Jetson's camera's |
 | `gst:PIPELINE` | whatever a GStreamer pipeline makes |
+| `pylon:SERIAL`, `genicam:FILE.cti#ID`, `aravis:NAME` | an industrial camera's |
 | `rtsp://HOST/PATH`, also rtsps, http and https | a network camera's |
 | `synthetic://PRODUCT?defect_rate=0.1&seed=0&fps=30&size=256x256&frames=N` | a procedural line's, with known truth |
 
@@ -147,6 +148,24 @@ def _open_gst(uri: str) -> Source:
     return open_pipeline(uri)
 
 
+def _open_pylon(uri: str) -> Source:
+    from recontrast_edge.sources.pylon import open_pylon
+
+    return open_pylon(uri)
+
+
+def _open_gentl(uri: str) -> Source:
+    from recontrast_edge.sources.gentl import open_gentl
+
+    return open_gentl(uri)
+
+
+def _open_aravis(uri: str) -> Source:
+    from recontrast_edge.sources.aravis import open_aravis
+
+    return open_aravis(uri)
+
+
 def _open_stream(uri: str) -> Source:
     from recontrast_edge.sources.rtsp import open_stream
 
@@ -164,6 +183,9 @@ _SCHEMES: dict[str, Callable[[str], Source]] = {
     "usb": _open_v4l2,
     "csi": _open_csi,
     "gst": _open_gst,
+    "pylon": _open_pylon,
+    "genicam": _open_gentl,
+    "aravis": _open_aravis,
     "rtsp": _open_stream,
     "rtsps": _open_stream,
     "http": _open_stream,
