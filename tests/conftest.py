@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
+import sysconfig
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -30,6 +33,22 @@ def _one_thread() -> None:
 def _ctrl_c_reaches_us() -> None:
     """Shells start background jobs with SIGINT ignored, and what they start inherits that; some tests press Ctrl-C."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(scope="session")
+def gi(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Makes Debian's ``gi`` importable, and nothing else of Debian's Python; skips where it cannot be."""
+    with suppress(ImportError):
+        import gi  # noqa: F401
+
+        return
+    package = Path("/usr/lib/python3/dist-packages/gi")
+    if not list(package.glob(f"_gi{sysconfig.get_config_var('EXT_SUFFIX')}")):
+        version = ".".join(map(str, sys.version_info[:2]))
+        pytest.skip(f"needs Debian's python3-gi, made for this Python {version}")
+    folder = tmp_path_factory.mktemp("gi")
+    (folder / "gi").symlink_to(package)
+    sys.path.append(str(folder))
 
 
 @pytest.fixture(scope="session")

@@ -125,12 +125,14 @@ def _bindings() -> tuple[Any, Any]:
 def _run(gst: Any, video: Any, uri: str, text: str, endless: bool, slot: Slot) -> None:
     pipeline = _parse(gst, uri, text)
     sink = pipeline.get_by_name(SINK)
-    live = False
+    live = any_picture = False
 
     def take(_sink: Any) -> Any:
         """On GStreamer's thread, for every picture."""
+        nonlocal any_picture
         if slot.closing:
             return gst.FlowReturn.EOS
+        any_picture = True
         slot.put(_picture(gst, video, pipeline, sink.try_pull_sample(0), live=live))
         return gst.FlowReturn.OK
 
@@ -143,11 +145,11 @@ def _run(gst: Any, video: Any, uri: str, text: str, endless: bool, slot: Slot) -
         pipeline.set_state(gst.State.PLAYING)
         _settle(gst, uri, pipeline, slot)
         slot.opened(live=live)
-        while not slot.closing:
-            if _ended(gst, uri, pipeline, POLL_NS):
-                if endless:
-                    raise SourceError(f"{masked_uri(uri)}: the camera ended the stream")
-                return
+        ended = False
+        while not (slot.closing or ended):
+            ended = _ended(gst, uri, pipeline, POLL_NS)
+        if ended and (endless or not any_picture):
+            raise SourceError(f"{masked_uri(uri)}: the stream ended{'' if any_picture else ' without a picture'}")
     finally:
         pipeline.set_state(gst.State.NULL)
         # The pipeline would keep itself alive.
@@ -172,10 +174,9 @@ def _parse(gst: Any, uri: str, text: str) -> Any:
 def _settle(gst: Any, uri: str, pipeline: Any, slot: Slot) -> None:
     """Wait until a change of state is done."""
     while not slot.closing and pipeline.get_state(POLL_NS)[0] == gst.StateChangeReturn.ASYNC:
-        if _ended(gst, uri, pipeline, 0):
-            raise SourceError(f"{masked_uri(uri)}: the pipeline ended without a picture")
+        _raise_error(uri, pipeline.get_bus().pop_filtered(gst.MessageType.ERROR))
     if pipeline.get_state(0)[0] == gst.StateChangeReturn.FAILURE:
-        _ended(gst, uri, pipeline, POLL_NS)
+        _raise_error(uri, pipeline.get_bus().timed_pop_filtered(POLL_NS, gst.MessageType.ERROR))
         raise SourceError(f"{masked_uri(uri)}: the pipeline cannot be started")
 
 
@@ -186,8 +187,15 @@ def _ended(gst: Any, uri: str, pipeline: Any, timeout_ns: int) -> bool:
         SourceError: an element failed.
     """
     message = pipeline.get_bus().timed_pop_filtered(timeout_ns, gst.MessageType.ERROR | gst.MessageType.EOS)
-    if message is None or message.type == gst.MessageType.EOS:
-        return message is not None
+    if message is not None and message.type == gst.MessageType.EOS:
+        return True
+    _raise_error(uri, message)
+    return False
+
+
+def _raise_error(uri: str, message: Any | None) -> None:
+    if message is None:
+        return
     error, debug = message.parse_error()
     # The last line of what is meant for developers often has the cause.
     detail = f" ({debug.splitlines()[-1]})" if debug else ""

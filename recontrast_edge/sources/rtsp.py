@@ -121,22 +121,25 @@ def _run(
     import av
 
     reason: str | None = None
-    refused = False
+    refused = connected = False
     try:
         with av.open(address, options=options, timeout=(open_timeout_s, read_timeout_s)) as container:
             if not container.streams.video:
                 raise SourceError(f"{shown}: holds no video stream")
             slot.opened()
-            _deliver(container, slot)
+            connected = True
+            _deliver(container, slot, open_timeout_s, read_timeout_s)
     except (av.error.HTTPUnauthorizedError, av.error.HTTPForbiddenError):
         refused = True
     except av.error.HTTPNotFoundError:
         reason = "no such stream; check the path"
-    except av.error.ExitError:
-        reason = f"no data for {read_timeout_s:g} s"
+    except (av.error.ExitError, _SilentError):
+        reason = f"no data for {read_timeout_s:g} s" if connected else f"no answer within {open_timeout_s:g} s"
     except (av.error.FFmpegError, OSError, ValueError) as error:
         reason = str(getattr(error, "strerror", None) or error).splitlines()[0]
-        if getattr(error, "errno", None) == errno.EIO:
+        if connected:
+            reason = f"the server ended the stream ({reason})"
+        elif getattr(error, "errno", None) == errno.EIO:
             certificate = ", the camera's certificate (ca_file)" if shown.startswith(("rtsps", "https")) else ""
             reason += f"; check the host's name, the network{certificate}"
     if refused:
@@ -147,7 +150,11 @@ def _run(
         raise SourceError(f"{shown}: the server ended the stream")
 
 
-def _deliver(container: InputContainer, slot: Slot) -> None:
+class _SilentError(Exception):
+    """No data in time."""
+
+
+def _deliver(container: InputContainer, slot: Slot, open_timeout_s: float, read_timeout_s: float) -> None:
     """Decode until the end, or until nobody wants any more."""
     import av
     from av.codec.context import Flags
@@ -159,13 +166,27 @@ def _deliver(container: InputContainer, slot: Slot) -> None:
     decoder.flags |= Flags.low_delay
     backlog = _Backlog()
     skipped = 0
+    # A camera may take longer until its first picture than from one to the next.
+    started, start_by_s = False, time.monotonic() + open_timeout_s
     packets = container.demux(stream)
     while not slot.closing:
         asked_s = time.monotonic()
-        packet = next(packets, None)
+        try:
+            packet = next(packets, None)
+        except av.error.ExitError:
+            if started or time.monotonic() > start_by_s:
+                raise
+            packets = container.demux(stream)
+            continue
         if packet is None:
             return
         arrived_s = time.monotonic()
+        if arrived_s - asked_s >= read_timeout_s:
+            # FFmpeg has given up waiting and hands out what it held back: a picture that is as old.
+            if started or arrived_s > start_by_s:
+                raise _SilentError
+            continue
+        started = True
         if not packet.size:
             continue
         if backlog.skip(arrived_s - asked_s, arrived_s, is_keyframe=packet.is_keyframe):

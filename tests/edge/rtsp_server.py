@@ -14,7 +14,7 @@ import gi
 gi.require_version("Gst", "1.0")
 gi.require_version("GstRtsp", "1.0")
 gi.require_version("GstRtspServer", "1.0")
-from gi.repository import GLib, Gio, Gst, GstRtsp, GstRtspServer  # noqa: E402
+from gi.repository import Gio, GLib, Gst, GstRtsp, GstRtspServer  # noqa: E402
 
 BITS = 32
 
@@ -36,7 +36,7 @@ class Camera(GstRtspServer.RTSPMediaFactory):
         self.set_shared(True)
         self.set_launch(
             "( appsrc name=camera is-live=true format=time do-timestamp=true ! videoconvert "
-            "! x264enc tune=zerolatency speed-preset=ultrafast key-int-max=15 bitrate=500 threads=1 "
+            "! x264enc tune=zerolatency speed-preset=ultrafast key-int-max=5 bitrate=500 threads=1 "
             "! rtph264pay name=pay0 pt=96 config-interval=-1 )"
         )
 
