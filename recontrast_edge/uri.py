@@ -76,3 +76,19 @@ def size_option(what: str, key: str, text: str) -> tuple[int, int]:
     if not (_WHOLE.fullmatch(width) and _WHOLE.fullmatch(height)):
         raise UsageError(f"{what}: {key} must be WIDTHxHEIGHT in pixels, e.g. 256x256, got {text!r}")
     return int(width), int(height)
+
+
+_HOST_PORT = re.compile(r"(\[[0-9A-Fa-f:.]+(?:%\w+)?\]|[^:@\[\]\s]+)(?::([0-9]{1,5}))?")
+
+
+def host_port(what: str, text: str, *, default_port: int) -> tuple[str, int]:
+    """``HOST[:PORT]``, an IPv6 address in brackets; returns it without these.
+
+    Raises:
+        UsageError: of another form, or a port outside of 1..65535.
+    """
+    match = _HOST_PORT.fullmatch(text)
+    port = default_port if match is None or match[2] is None else int(match[2])
+    if match is None or not 1 <= port <= 65535:
+        raise UsageError(f"{what}: expected HOST or HOST:PORT with a port from 1 to 65535, got {text!r}")
+    return match[1].strip("[]"), port

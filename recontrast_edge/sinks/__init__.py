@@ -16,6 +16,7 @@ from pathlib import Path
 
 from recontrast_edge.errors import UsageError
 from recontrast_edge.frame import Sink
+from recontrast_edge.secrets import masked_uri
 from recontrast_edge.spec import InputSpec
 from recontrast_edge.uri import number_option, parse_options
 
@@ -51,12 +52,12 @@ def _split(uri: str) -> tuple[str, str, str]:
     scheme, colon, rest = uri.partition(":")
     if not colon or scheme not in _SCHEMES:
         raise UsageError(
-            f"output {uri!r}: expected one of {', '.join(f'{known}:...' for known in _SCHEMES)}; "
-            f"for records in a file: jsonl:{'FILE' if colon else uri}"
+            f"output {masked_uri(uri)!r}: expected one of {', '.join(f'{known}:...' for known in _SCHEMES)}; "
+            f"for records in a file: jsonl:{'FILE' if colon else masked_uri(uri)}"
         )
     target, _, query = rest.partition("?")
     if not target:
-        raise UsageError(f"output {uri!r}: a file or folder is missing after {scheme!r}:")
+        raise UsageError(f"output {masked_uri(uri)!r}: it is not said where to, after {scheme!r}:")
     return scheme, target, query
 
 
@@ -79,6 +80,53 @@ def _video(uri: str, target: str, query: str) -> Opener:
     return lambda input_spec: VideoSink(path, input_spec, fps=fps)
 
 
+def _mqtt(uri: str, target: str, query: str) -> Opener:
+    from recontrast_edge.sinks.mqtt import mqtt_opener
+
+    return _without_spec(mqtt_opener(uri, target, query))
+
+
+def _modbus(uri: str, target: str, query: str) -> Opener:
+    from recontrast_edge.sinks.modbus import modbus_opener
+
+    return _without_spec(modbus_opener(uri, target, query))
+
+
+def _modbus_server(uri: str, target: str, query: str) -> Opener:
+    from recontrast_edge.sinks.modbus import modbus_server_opener
+
+    return _without_spec(modbus_server_opener(uri, target, query))
+
+
+def _opcua(uri: str, target: str, query: str) -> Opener:
+    from recontrast_edge.sinks.opcua import opcua_opener
+
+    return _without_spec(opcua_opener(uri, target, query))
+
+
+def _gpio(uri: str, target: str, query: str) -> Opener:
+    from recontrast_edge.sinks.gpio import gpio_opener
+
+    return _without_spec(gpio_opener(uri, target, query))
+
+
+def _gpiochip(uri: str, target: str, query: str) -> Opener:
+    from recontrast_edge.sinks.gpio import gpiochip_opener
+
+    return _without_spec(gpiochip_opener(uri, target, query))
+
+
+def _webhook(uri: str, target: str, query: str) -> Opener:
+    from recontrast_edge.sinks.webhook import webhook_opener
+
+    return _without_spec(webhook_opener(uri, target, query))
+
+
+def _without_spec(opener: Callable[[], Sink]) -> Opener:
+    """Of an output that has nothing to do with where the maps lie."""
+    return lambda _input_spec: opener()
+
+
 def _images(uri: str, target: str, query: str) -> Opener:
     from recontrast_edge.sinks.images import ImagesSink
 
@@ -93,4 +141,12 @@ _SCHEMES: dict[str, Callable[[str, str, str], Opener]] = {
     "jsonl": _jsonl,
     "video": _video,
     "images": _images,
+    "mqtt": _mqtt,
+    "mqtts": _mqtt,
+    "modbus": _modbus,
+    "modbus-server": _modbus_server,
+    "opcua": _opcua,
+    "gpio": _gpio,
+    "gpiochip": _gpiochip,
+    "webhook": _webhook,
 }

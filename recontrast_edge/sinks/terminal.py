@@ -17,8 +17,8 @@ from rich.text import Text
 
 from recontrast_edge.frame import Judgement, VerdictName
 from recontrast_edge.latency import PERCENTILES
-from recontrast_edge.pipeline import Statistics
 from recontrast_edge.render import describe
+from recontrast_edge.statistics import Statistics
 
 STYLES: dict[VerdictName, str] = {"PASS": "green", "REJECT": "bold red", "FAULT": "bold yellow"}
 
