@@ -46,6 +46,7 @@ def credentials(uri: str) -> Credentials | None:
         UsageError: given twice, of another form, or an environment variable that is not set.
         InputError: a file that is missing, unreadable, or readable by others than its owner.
     """
+    check_userinfo(uri)
     userinfo, _, query = _split(uri)
     named = [item.partition("=")[2] for item in query.split("&") if item.partition("=")[0] == "credentials"]
     if len(named) + (userinfo is not None) > 1:
@@ -72,6 +73,21 @@ def credentials(uri: str) -> Credentials | None:
         register(text)
         raise UsageError(f"{masked_uri(uri)}: expected user:password, in one line, in {kind}:{place}")
     return _registered(user, password)
+
+
+def check_userinfo(uri: str) -> None:
+    """Refuse a URI whose password would be taken for something else, and so be shown.
+
+    Raises:
+        UsageError: an unencoded ``/``, ``?`` or ``#`` in front of an ``@``.
+    """
+    _, separator, rest = uri.partition("://")
+    authority = re.split("[/?#]", rest, maxsplit=1)[0]
+    if separator and "@" not in authority and ":" in authority and "@" in _may_hold_userinfo(rest, authority):
+        raise UsageError(
+            f"{masked_uri(uri)}: percent-encode special characters of user and password (/ is %2F, ? is %3F, # is %23, "
+            "@ is %40), and an @ elsewhere"
+        )
 
 
 def _registered(user: str, password: str) -> Credentials:
@@ -180,12 +196,16 @@ def masked_uri(uri: str) -> str:
 def _hide_userinfo(rest: str) -> str:
     """``rest`` is a URL without its ``scheme://``. Where it is not well-formed, rather too much is hidden."""
     authority = re.split("[/?#]", rest, maxsplit=1)[0]
-    head = rest.partition("?")[0] if _HOST_PORT.fullmatch(authority) else rest
-    userinfo, at, _ = head.rpartition("@")
+    userinfo, at, _ = _may_hold_userinfo(rest, authority).rpartition("@")
     if not at:
         return rest
     user, colon, _ = userinfo.partition(":")
     return f"{user}:{HIDDEN}@{rest[len(userinfo) + 1 :]}" if colon else f"{HIDDEN}@{rest[len(userinfo) + 1 :]}"
+
+
+def _may_hold_userinfo(rest: str, authority: str) -> str:
+    """The part of a URL whose last ``@`` may end a password; with a well-formed authority its query does not count."""
+    return rest.partition("?")[0] if _HOST_PORT.fullmatch(authority) else rest
 
 
 def mask_logs() -> None:

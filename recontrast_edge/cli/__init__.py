@@ -55,11 +55,14 @@ def main() -> None:
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     # As Ctrl-C, so that temporary files are removed on the way out.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    from recontrast_edge.secrets import mask, mask_logs
+
+    mask_logs()
     _register()
     try:
         app()
     except RecontrastError as error:
-        typer.echo(f"error: {error}", err=True)
+        typer.echo(mask(f"error: {error}"), err=True)
         _exit(error.exit_code)
     except KeyboardInterrupt:
         typer.echo("interrupted", err=True)
@@ -67,7 +70,7 @@ def main() -> None:
     except SystemExit as ended:
         _exit(ended.code)
     except Exception:
-        traceback.print_exc()
+        typer.echo(mask(traceback.format_exc()), err=True, nl=False)
         typer.echo("error: this is a defect in recontrast-edge; please report it with the lines above", err=True)
         _exit(RecontrastError.exit_code)
 

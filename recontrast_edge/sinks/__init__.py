@@ -16,7 +16,7 @@ from pathlib import Path
 
 from recontrast_edge.errors import UsageError
 from recontrast_edge.frame import Sink
-from recontrast_edge.secrets import masked_uri
+from recontrast_edge.secrets import check_userinfo, masked_uri
 from recontrast_edge.spec import InputSpec
 from recontrast_edge.uri import number_option, parse_options
 
@@ -44,6 +44,7 @@ def sink_opener(uri: str) -> Opener:
     Raises:
         UsageError: unknown scheme, key or value.
     """
+    check_userinfo(uri)
     scheme, target, query = _split(uri)
     return _SCHEMES[scheme](uri, target, query)
 

@@ -89,6 +89,22 @@ class TestCredentials:
 
 
 @pytest.mark.parametrize(
+    "uri",
+    [
+        "mqtt://u:ca/nary@host/t",
+        "mqtt://u:12/canary@host/t",
+        "mqtt://u:ca?nary@host/t",
+        "mqtt://u:ca#nary@host/t",
+        "webhook:https://u:ca?nary@host/t",
+    ],
+)
+def test_passwords_that_would_be_taken_for_something_else(uri: str) -> None:
+    with pytest.raises(UsageError, match="percent-encode") as caught:
+        credentials(uri)
+    assert "nary" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
     ("uri", "bare"),
     [
         ("mqtt://u:p@host:1/t?qos=1&credentials=env:X", "mqtt://host:1/t?qos=1"),
