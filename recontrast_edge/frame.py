@@ -6,7 +6,9 @@ frame = Frame(frame_id=0, source="part.png", image=image, captured_s=time.monoto
 from __future__ import annotations
 
 from collections.abc import Sequence
+import time
 from dataclasses import dataclass, field
+from datetime import datetime, timedelta, timezone
 from enum import Enum
 from typing import Any, Literal, Protocol
 
@@ -14,9 +16,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from recontrast_edge.preprocess import Image
+from recontrast_edge.secrets import mask
 
 Truth = Literal["good", "defect"]
 VerdictName = Literal["PASS", "REJECT", "FAULT"]
+
+
+def time_of_day(moment_s: float) -> str:
+    """The time of day, in UTC, of a moment on ``time.monotonic()``'s clock: ``2026-03-01T08:00:00.123Z``.
+
+    By the system's clock as it is set now. For people and other machines; nothing here is timed with it.
+    """
+    moment = datetime.now(timezone.utc) - timedelta(seconds=time.monotonic() - moment_s)
+    return moment.isoformat(timespec="milliseconds").removesuffix("+00:00") + "Z"
 
 
 @dataclass(frozen=True)
@@ -158,6 +170,7 @@ class Judgement:
         frame, gate_in_ms = self.frame, self.gate_in_ms
         return {
             "frame_id": frame.frame_id,
+            "time": time_of_day(frame.captured_s),
             "camera": frame.camera,
             "source": frame.source,
             "verdict": self.verdict,
@@ -166,7 +179,7 @@ class Judgement:
             "regions": [region.record(frame.web) for region in self.regions],
             "latency_ms": {stage: round(ms, 4) for stage, ms in self.latency_ms.items()},
             "fault": self.fault,
-            "detail": self.detail,
+            "detail": None if self.detail is None else mask(self.detail),
             "truth": frame.truth,
             "part_id": frame.part_id,
             "gate_in_ms": None if gate_in_ms is None else round(gate_in_ms, 3),
@@ -215,12 +228,13 @@ class StateChange:
         """The change as one JSON-able object; ``type`` tells it from the record of a frame."""
         return {
             "type": "state",
+            "time": time_of_day(self.time_s),
             "camera": self.camera,
             "source": self.source,
             "before": self.before.value,
             "state": self.state.value,
             "fault": self.fault,
-            "detail": self.detail,
+            "detail": None if self.detail is None else mask(self.detail),
         }
 
 
