@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 @app.command("eval")
 def evaluate_command(
     engine: str = typer.Option(..., help="Model file (.onnx or .plan), or `demo` for the packaged model."),
-    data: Path = typer.Option(..., help="Test set in MVTec layout (test/good, test/KIND, ground_truth/KIND)."),
+    data: Path = typer.Option(..., help="Data set with test images; of several categories, each is judged by itself."),
     json_path: Path | None = typer.Option(None, "--json", metavar="FILE", help="Also write everything as JSON."),
     report: Path | None = typer.Option(
         None, "--report", metavar="FILE.html", help="Also write a report to read and print: one HTML file."
@@ -30,19 +30,26 @@ def evaluate_command(
     threads: int | None = typer.Option(None, min=1, max=1024, help="CPU threads  [default: chosen by the engine]"),
 ) -> None:
     """Measure a model on a test set: image, pixel and region metrics, per kind of defect, and at its threshold."""
+    from recontrast_edge.categories import CategoryTable, evaluate_categories, show_categories
     from recontrast_edge.datasets import data_sha256, find_dataset
     from recontrast_edge.engines import open_engine
-    from recontrast_edge.evaluation import evaluate
+    from recontrast_edge.evaluation import Resolution, evaluate
     from recontrast_edge.report import Provenance, write_report
 
     if report is not None and report.suffix not in (".html", ".htm"):
         raise UsageError(f"--report writes an HTML file; expected a name that ends in .html, got {str(report)!r}")
     dataset = find_dataset(data)
     samples = dataset.test_samples()
-    with open_engine(engine, threads=threads) as opened:
-        evaluation = evaluate(
-            opened.infer, samples, opened.spec, resolution="source" if full_resolution else "map", progress=True
+    if report is not None and dataset.categories:
+        raise UsageError(
+            f"--report is about one product, but {data} has {len(dataset.categories)} categories; name one's folder"
         )
+    with open_engine(engine, threads=threads) as opened:
+        resolution: Resolution = "source" if full_resolution else "map"
+        if dataset.categories:
+            evaluations = evaluate_categories(opened.infer, dataset, opened.spec, resolution=resolution, progress=True)
+        else:
+            evaluation = evaluate(opened.infer, samples, opened.spec, resolution=resolution, progress=True)
         threshold = opened.spec.threshold
         provenance = Provenance(
             engine_file=opened.path.name,
@@ -50,8 +57,14 @@ def evaluate_command(
             engine_sha256=opened.sha256,
             data_name=dataset.name,
             data_sha256=data_sha256(samples),
-            foreign_threshold=threshold is not None and threshold.engine_sha256 not in (None, opened.sha256),
+            foreign_threshold=threshold is not None and threshold.engine_sha256 != opened.sha256,
         )
+    if dataset.categories:
+        table = CategoryTable.of(dataset.name, evaluations)
+        show_categories(table)
+        if json_path is not None:
+            _write_json(json_path, {**table.to_json(), **provenance.to_json()})
+        return
     show_evaluation(evaluation, dataset.name, provenance.foreign_threshold)
     if json_path is not None:
         _write_json(json_path, {**evaluation.to_json(), **provenance.to_json()})

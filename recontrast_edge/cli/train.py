@@ -8,14 +8,22 @@ from pathlib import Path
 import typer
 
 from recontrast_edge.cli import app
-from recontrast_edge.errors import EXIT_INTERRUPTED, MissingError
+from recontrast_edge.errors import EXIT_INTERRUPTED, MissingError, UsageError
 
 
 @app.command("train")
 def train_command(
-    data: Path = typer.Argument(help="MVTec-layout folder, folder of good images, or text file that lists them."),
-    out: Path = typer.Option(..., "--out", help="Run folder to write."),
-    recipe: str = typer.Option("mvtec", "--recipe", help="Packaged recipe, or path to a .toml file."),
+    data: Path | None = typer.Argument(
+        None, help="Data set, folder of good images, or text file that lists them; a data set may have categories."
+    ),
+    data_option: Path | None = typer.Option(None, "--data", metavar="DATA", help="The same, as an option."),
+    out: Path = typer.Option(..., "--out", help="Run folder to write; of several categories, each has a folder in it."),
+    recipe: str = typer.Option(
+        "default",
+        "--recipe",
+        help="default, mvtec, visa, mvtec-stable, visa-stable, mvtec-multiclass, visa-multiclass, aptos, oct2017, "
+        "isic2018, demo, or path to a .toml file.",
+    ),
     backbone: str | None = typer.Option(
         None,
         "--backbone",
@@ -54,15 +62,22 @@ def train_command(
         120.0, "--checkpoint-seconds", min=1.0, help="Seconds between checkpoints."
     ),
 ) -> None:
-    """Train a model on images of good parts; evaluate it if there is a test set."""
+    """Train a model on images of good parts; evaluate it if there is a test set.
+
+    Of a data set with several categories, each gets a model of its own, unless the recipe has unified = true.
+    """
     from recontrast_edge.uri import size_option
 
+    given = [path for path in (data, data_option) if path is not None]
+    if len(given) != 1:
+        raise UsageError("train: expected the data set once, as argument or as --data")
     try:
         import torch  # noqa: F401
 
+        from recontrast_train.campaign import train_all
         from recontrast_train.fit import TrainingStoppedError
         from recontrast_train.recipe import parse_settings
-        from recontrast_train.training import TrainOptions, train
+        from recontrast_train.training import TrainOptions
     except ModuleNotFoundError as error:
         raise MissingError(
             f"training needs {error.name}, which is not installed: pip install 'recontrast-edge[train]'"
@@ -79,7 +94,7 @@ def train_command(
         if value is not None:
             overrides[key] = value
     options = TrainOptions(
-        data=data,
+        data=given[0],
         out=out,
         recipe=recipe,
         overrides=overrides,
@@ -93,7 +108,7 @@ def train_command(
         checkpoint_every_s=checkpoint_seconds,
     )
     try:
-        train(options)
+        train_all(options)
     except TrainingStoppedError as stopped:
         typer.echo(f"{stopped}; go on with the same command and --resume", err=True)
         sys.exit(EXIT_INTERRUPTED)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +14,9 @@ from PIL import Image as Pil
 
 from recontrast_edge import doctor
 from recontrast_edge.cli import main
+from recontrast_edge.datasets import file_sha256
 from recontrast_edge.engines import open_engine
-from recontrast_edge.onnxfile import graph_sha256, output_names, read_spec
+from recontrast_edge.onnxfile import SPEC_KEY, graph_sha256, output_names, read_spec, replace_metadata
 
 Command = Callable[..., tuple[int, str, str]]
 
@@ -85,6 +86,26 @@ def test_eval_prints_a_table_and_writes_json(command: Command, model: Path, data
     assert len(content["images"]) == 12
 
 
+def test_eval_of_several_categories(command: Command, model: Path, data: Path, tmp_path: Path) -> None:
+    (tmp_path / "set").mkdir()
+    for name in ("nuts", "bolts"):
+        shutil.copytree(data, tmp_path / "set" / name)
+    common = ("eval", "--engine", model, "--data", tmp_path / "set")
+    code, out, _ = command(*common, "--json", tmp_path / "m.json")
+    assert code == 0
+    assert "set, metrics in percent" in out
+    content = json.loads((tmp_path / "m.json").read_text())
+    assert [(row["name"], row["n_good"], row["n_defect"]) for row in content["categories"]] == [
+        ("bolts", 6, 6),
+        ("nuts", 6, 6),
+    ]
+    assert content["mean"]["i_auroc"] == 1.0
+    assert content["engine"]["sha256"] == graph_sha256(model)
+    code, _, error = command(*common, "--report", tmp_path / "r.html")
+    assert code == 2
+    assert "has 2 categories; name one's folder" in error
+
+
 def test_eval_writes_a_report(command: Command, model: Path, data: Path, tmp_path: Path) -> None:
     report = tmp_path / "out" / "report.html"
     code, _, _ = command("eval", "--engine", model, "--data", data, "--report", report, "--json", tmp_path / "m.json")
@@ -140,13 +161,51 @@ def test_calibrate_writes_a_threshold_that_run_accepts(command: Command, model: 
     assert code == 0
     assert "score number 60 of 60" in out
     assert "at most 5 % will be rejected" in out
-    assert "A promise ten times better (0.5 %) needs 598 images" in out
+    assert "A promise ten times better (0.5 %) needs 598 images, 538 more than these." in out
     threshold = read_spec(model).threshold
     assert threshold.value == np.float32(159) * np.float32(1 / 255)
     assert (threshold.n_good, threshold.data, threshold.confidence) == (60, "held out", 0.95)
     assert threshold.engine_sha256 == graph_sha256(model) == before
     with open_engine(model) as engine:
         assert engine.spec.threshold == threshold
+
+
+def remember_training(model: Path, images: Iterable[Path], scores: Iterable[float]) -> None:
+    spec = read_spec(model)
+    digests = tuple(file_sha256(path)[:16] for path in images)
+    training = spec.training.model_copy(update={"image_digests": digests, "good_scores": tuple(scores)})
+    replace_metadata(model, {SPEC_KEY: spec.model_copy(update={"training": training}).dumps()})
+
+
+def test_calibrate_leaves_training_images_out(command: Command, model: Path, held_out: Path, tmp_path: Path) -> None:
+    remember_training(model, [held_out / "7.png"], ())
+    arguments = ("calibrate", "--engine", model, "--good", held_out, "--json", tmp_path / "out" / "c.json")
+    code, out, err = command(*arguments, "--max-false-reject-rate", 0.05)
+    assert code == 0
+    assert "trained on 1 of these images. They are left out; 59 are left." in err
+    assert "score number 59 of 59" in out
+    assert "needs 598 images, 539 more than these" in out
+    content = json.loads((tmp_path / "out" / "c.json").read_text())
+    assert content["threshold"]["n_good"] == len(content["images"]) == 59
+    assert {"image": "good/0.png", "kind": "good", "score": pytest.approx(100 / 255)} in content["images"]
+    assert "good/7.png" not in [image["image"] for image in content["images"]]
+    remember_training(model, [held_out / f"{index}.png" for index in range(2)], ())
+    code, _, err = command(*arguments, "--max-false-reject-rate", 0.05)
+    assert (code, "needs 59 good images, got 58" in err, "Collect 1 more" in err) == (9, True, True)
+
+
+def test_calibrate_warns_of_images_that_look_like_training_images(
+    command: Command, model: Path, held_out: Path, tmp_path: Path
+) -> None:
+    arguments = ("calibrate", "--engine", model, "--good", held_out, "--max-false-reject-rate", 0.05)
+    # Held-out images score 100 ... 159 of 255.
+    for scores, warned in ((np.arange(100, 160), True), (np.arange(80, 140), False), ((), False)):
+        remember_training(model, [], (float(score) / 255 for score in scores))
+        code, _, err = command(*arguments, "--json", tmp_path / "c.json")
+        assert code == 0
+        assert ("cannot be told from those the model was trained on" in err) is warned
+        shift = json.loads((tmp_path / "c.json").read_text())["score_shift"]
+        assert (shift is None) is (len(scores) == 0)
 
 
 def test_calibrate_refuses_what_it_cannot_promise(command: Command, model: Path, held_out: Path) -> None:
@@ -172,6 +231,7 @@ def test_calibrate_usage(command: Command, model: Path, data: Path, held_out: Pa
         (("--good", data, "--max-false-reject-rate", 0.05), "whole data set"),
         (("--good", held_out, "--max-false-reject-rate", 5), "between 0 and 1"),
         (("--value", "nan"), "finite"),
+        (("--value", 1, "--json", "c.json"), "with --value there are none"),
         (("--value", 1, "--max-false-reject-rate", 0.1), "promises nothing"),
     ):
         code, _, err = command("calibrate", "--engine", model, *arguments)

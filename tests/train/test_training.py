@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import signal
 import subprocess
@@ -17,10 +18,10 @@ torch = pytest.importorskip("torch", reason="needs the train extra")
 
 from recontrast_edge.errors import InputError, MissingError, ModelError, UsageError  # noqa: E402
 from recontrast_edge.spec import InputSpec, ModelSpec  # noqa: E402
-from recontrast_train.data import GoodImages, batches, split_holdout  # noqa: E402
+from recontrast_train.data import GoodImages, balanced_batches, batches, split_holdout  # noqa: E402
 from recontrast_train.fit import TrainingStoppedError, fit  # noqa: E402
 from recontrast_train.model import ReContrast  # noqa: E402
-from recontrast_train.recipe import Recipe, load_recipe, packaged_recipes, parse_settings  # noqa: E402
+from recontrast_train.recipe import Recipe  # noqa: E402
 from recontrast_train.run import load_run  # noqa: E402
 from recontrast_train.training import TrainOptions, train  # noqa: E402
 
@@ -142,6 +143,18 @@ class TestData:
         assert flat[:7] != flat[7:14]
         assert whole != list(batches(7, 3, seed=6, start=0, stop=14))
 
+    def test_balanced_batches_draw_each_category_once_a_round(self) -> None:
+        categories = ["a"] * 5 + ["b"] * 2 + ["c"] * 3
+        whole = list(balanced_batches(categories, 4, seed=5, start=0, stop=15))
+        assert whole[6:] == list(balanced_batches(categories, 4, seed=5, start=6, stop=15))
+        flat = [index for batch in whole for index in batch]
+        assert all({categories[index] for index in flat[3 * n : 3 * n + 3]} == {"a", "b", "c"} for n in range(20))
+        # A category's images are used up before one comes again.
+        of_a = [index for index in flat if index < 5]
+        assert all(sorted(of_a[5 * n : 5 * n + 5]) == list(range(5)) for n in range(4))
+        assert len({tuple(categories[index] for index in flat[3 * n : 3 * n + 3]) for n in range(20)}) > 1
+        assert whole != list(balanced_batches(categories, 4, seed=6, start=0, stop=15))
+
     def test_a_part_is_held_out_as_a_whole(self) -> None:
         paths = [Path(f"part{part}_{picture}.png") for part in range(10) for picture in range(6)]
         training, held = split_holdout(paths, 0.2, seed=0, group=r"part(\d+)")
@@ -159,57 +172,11 @@ class TestData:
             split_holdout(paths, 0.3, seed=0, group="(")
 
 
-class TestRecipes:
-    @pytest.mark.parametrize("name", packaged_recipes())
-    def test_packaged_recipes_are_valid(self, name: str) -> None:
-        load_recipe(name, {})
-
-    def test_defaults_are_the_papers(self) -> None:
-        recipe = load_recipe("mvtec", {})
-        assert recipe == Recipe()
-        assert (recipe.iterations, recipe.batch, recipe.size_wh, recipe.lr_decoder, recipe.lr_encoder) == (
-            2000,
-            16,
-            (256, 256),
-            2e-3,
-            1e-5,
-        )
-
-    @pytest.mark.parametrize(
-        ("overrides", "message"),
-        [
-            ({"iteration": 5}, "iteration"),
-            ({"iterations": -1}, "iterations"),
-            ({"size_wh": [250, 256]}, "multiples of 32"),
-            ({"resize_wh": [128, 128]}, "smaller"),
-            ({"lr_encoder": "fast"}, "lr_encoder"),
-            ({"backbone": "resnet19"}, "resnet18"),
-        ],
-    )
-    def test_bad_values_are_named(self, overrides: dict[str, object], message: str) -> None:
-        with pytest.raises(UsageError, match=message):
-            load_recipe("mvtec", overrides)
-
-    def test_unknown_names_and_bad_files(self, tmp_path: Path) -> None:
-        with pytest.raises(UsageError, match="mvtec"):
-            load_recipe("mvtek", {})
-        (tmp_path / "r.toml").write_text("batch = [")
-        with pytest.raises(UsageError, match="not valid TOML"):
-            load_recipe(str(tmp_path / "r.toml"), {})
-
-    def test_settings(self) -> None:
-        assert parse_settings(["lr_encoder=1e-4", "encoder_bn=eval", "size_wh=[64, 64]"]) == {
-            "lr_encoder": 1e-4,
-            "encoder_bn": "eval",
-            "size_wh": [64, 64],
-        }
-        with pytest.raises(UsageError, match="KEY=VALUE"):
-            parse_settings(["batch"])
+OVERRIDES = {"backbone": "efficientnet_lite0", "size_wh": [SIZE, SIZE], "iterations": 3, "batch": 2}
 
 
 def options(data: Path, out: Path, **changes: object) -> TrainOptions:
-    overrides = {"backbone": "efficientnet_lite0", "size_wh": [SIZE, SIZE], "iterations": 3, "batch": 2}
-    return TrainOptions(data=data, out=out, overrides=overrides, weights="random", **changes)  # type: ignore[arg-type]
+    return TrainOptions(data=data, out=out, overrides=OVERRIDES, weights="random", **changes)  # type: ignore[arg-type]
 
 
 def test_a_whole_run(data: Path, tmp_path: Path) -> None:
@@ -237,8 +204,13 @@ def test_a_whole_run(data: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="already holds a finished run"):
         train(options(data, out))
     (out / "metrics.json").unlink()
-    train(options(data, out, resume=True))
+    same = {"holdout": 0.34, "holdout_group": r"(part\d+)", "resume": True}
+    train(options(data, out, **same))
     assert (out / "metrics.json").exists()
+    with pytest.raises(UsageError, match="finished training with other images"):
+        train(options(data, out, resume=True))
+    with pytest.raises(UsageError, match="finished training with other seed"):
+        train(dataclasses.replace(options(data, out, **same), overrides={**OVERRIDES, "seed": 5}))
 
     weights = (out / "model.safetensors").read_bytes()
     (out / "model.safetensors").write_bytes(weights[:-1] + bytes([weights[-1] ^ 1]))

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -30,11 +31,15 @@ class GoodImages(Dataset[Tensor]):
     Args:
         paths: image files.
         spec: how they become network input.
+        categories: of each image, for class-balanced batches; None where there is one.
         cache: keep them in memory if all of them fit in ``CACHE_BYTES``.
     """
 
-    def __init__(self, paths: Sequence[Path], spec: InputSpec, *, cache: bool) -> None:
+    def __init__(
+        self, paths: Sequence[Path], spec: InputSpec, *, cache: bool, categories: Sequence[str] | None = None
+    ) -> None:
         self.paths = list(paths)
+        self.categories = list(categories or [""] * len(paths))
         self._spec = spec
         width, height = spec.size_wh
         fits = len(self.paths) * 3 * width * height * 4 <= CACHE_BYTES
@@ -73,6 +78,31 @@ def batches(count: int, size: int, *, seed: int, start: int, stop: int) -> Itera
                 order = np.random.default_rng([seed, epoch]).permutation(count)
             batch.append(int(order[position % count]))
         yield batch
+
+
+def balanced_batches(categories: Sequence[str], size: int, *, seed: int, start: int, stop: int) -> Iterator[list[int]]:
+    """As ``batches``, with each category drawn equally often.
+
+    A round has one image of each category, in shuffled order; a category's images come from its own shuffled epochs.
+    Rounds are laid end to end and cut into batches.
+
+    Args:
+        categories: of each image.
+    """
+    members = [np.flatnonzero(np.array(categories) == category) for category in dict.fromkeys(categories)]
+    for iteration in range(start, stop):
+        batch: list[int] = []
+        for position in range(iteration * size, (iteration + 1) * size):
+            round_, slot = divmod(position, len(members))
+            category = int(_shuffled(len(members), seed, 2, round_)[slot])
+            images = members[category]
+            epoch, place = divmod(round_, images.size)
+            batch.append(int(images[_shuffled(images.size, seed, 3, category, epoch)[place]]))
+        yield batch
+
+
+def _shuffled(count: int, *key: int) -> NDArray[np.int64]:
+    return np.random.default_rng(key).permutation(count)
 
 
 def make_loader(images: GoodImages, order: Iterator[list[int]], *, workers: int, pin: bool) -> DataLoader[Any]:

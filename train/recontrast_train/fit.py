@@ -19,7 +19,7 @@ from torch import Tensor
 
 from recontrast_edge.errors import MissingError, ModelError, RecontrastError, UsageError
 from recontrast_edge.images import atomic_write
-from recontrast_train.data import GoodImages, batches, make_loader
+from recontrast_train.data import GoodImages, balanced_batches, batches, make_loader
 from recontrast_train.loss import mining_alpha, recontrast_loss
 from recontrast_train.model import ReContrast
 from recontrast_train.recipe import Recipe
@@ -115,7 +115,11 @@ def fit(
     if resume and checkpoint.is_file():
         _load_checkpoint(checkpoint, model, state, fingerprint)
     start = len(state.losses)
-    order = batches(len(images), recipe.batch, seed=recipe.seed, start=start, stop=recipe.iterations)
+    span = {"seed": recipe.seed, "start": start, "stop": recipe.iterations}
+    if recipe.class_balanced:
+        order = balanced_batches(images.categories, recipe.batch, **span)
+    else:
+        order = batches(len(images), recipe.batch, **span)
     loader = make_loader(images, order, workers=workers, pin=device.type == "cuda")
     rates = [optimizer.param_groups[0]["lr"] for optimizer in make_optimizers(model, recipe)]
     cast = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(recipe.precision)

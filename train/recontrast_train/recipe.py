@@ -1,16 +1,18 @@
 """Recipes: every training option, with the paper's values as defaults.
 
-    recipe = load_recipe("mvtec", overrides={"iterations": 500})
+    recipe = load_recipe("mvtec", overrides={"iterations": 500}).for_class("screw")
 
-A recipe is a TOML file, packaged ones by name (``recipes/NAME.toml``), one's own by path. Unknown keys are refused.
+A recipe is a TOML file, packaged ones by name (``recipes/NAME.toml``), one's own by path. Unknown keys are refused. A
+table ``[per_class.NAME]`` holds what differs for one class of a data set, ``[paper]`` what was published.
 """
 
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -24,8 +26,10 @@ else:
     import tomli as tomllib
 
 Rate = Annotated[float, Field(gt=0.0, le=1.0)]
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Count = Annotated[int, Field(gt=0, le=10_000_000)]
 Side = Annotated[int, Field(ge=32, le=8192)]
+Model = TypeVar("Model", bound=BaseModel)
 
 
 class Recipe(BaseModel):
@@ -63,6 +67,10 @@ class Recipe(BaseModel):
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Autocast of forward and backward pass; loss and weights stay float32. ``fp16`` needs a GPU."""
     channels_last: bool = True
+    unified: bool = False
+    """One model for all categories of a data set, instead of one model each."""
+    class_balanced: bool = False
+    """With ``unified``: each category is drawn equally often, however many images it has."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
@@ -73,7 +81,48 @@ class Recipe(BaseModel):
         resize = self.resize_wh
         if resize is not None and (resize[0] < self.size_wh[0] or resize[1] < self.size_wh[1]):
             raise ValueError(f"resize_wh {resize} is smaller than size_wh {self.size_wh}")
+        if self.class_balanced and not self.unified:
+            raise ValueError("class_balanced is for unified training, where a batch mixes categories")
         return self
+
+
+class Published(BaseModel):
+    """What the authors report for a recipe: means over the classes, 0 to 1, of the last iteration."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    source: Annotated[str, Field(min_length=1)]
+    """The table or file that holds the figures."""
+    i_auroc: Share | None = None
+    f1_max: Share | None = None
+    p_auroc: Share | None = None
+    aupro_per_image: Share | None = None
+    """Their AUPRO: the mean of one curve an image, with 200 thresholds; ``docs/metrics.md``."""
+
+    def metrics(self) -> dict[str, float]:
+        """The figures by their metric's name."""
+        return self.model_dump(exclude={"source"}, exclude_none=True)
+
+
+@dataclass(frozen=True)
+class RecipeFile:
+    """A recipe as read: options for all classes, exceptions for some, and what was published.
+
+    Attributes:
+        name: as it was asked for.
+        common: the options, those given on the command line included.
+        exceptions: for each class that has any, its options; those on the command line win over them.
+        published: None where nothing was.
+    """
+
+    name: str
+    common: Recipe
+    exceptions: dict[str, Recipe]
+    published: Published | None
+
+    def for_class(self, class_name: str) -> Recipe:
+        """The options to train a class with; a unified training has no exceptions."""
+        return self.common if self.common.unified else self.exceptions.get(class_name, self.common)
 
 
 def packaged_recipes() -> list[str]:
@@ -82,12 +131,12 @@ def packaged_recipes() -> list[str]:
     return sorted(entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml"))
 
 
-def load_recipe(name: str, overrides: dict[str, Any]) -> Recipe:
+def load_recipe(name: str, overrides: dict[str, Any]) -> RecipeFile:
     """Read a recipe and lay options over it.
 
     Args:
         name: a packaged recipe's name, or a path that ends in ``.toml``.
-        overrides: values that win over the file; None values are left out.
+        overrides: values that win over the file and its exceptions; None values are left out.
 
     Raises:
         UsageError: no such recipe, bad TOML, unknown key or value out of range.
@@ -107,14 +156,29 @@ def load_recipe(name: str, overrides: dict[str, Any]) -> Recipe:
         values = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise UsageError(f"recipe {name}: not valid TOML ({error})") from None
-    values.update({key: value for key, value in overrides.items() if value is not None})
+    per_class, paper = values.pop("per_class", {}), values.pop("paper", None)
+    if not isinstance(per_class, dict) or not all(isinstance(options, dict) for options in per_class.values()):
+        raise UsageError(f"recipe {name}: per_class: expected tables [per_class.NAME]")
+    given = {key: value for key, value in overrides.items() if value is not None}
+    return RecipeFile(
+        name,
+        _validated(Recipe, {**values, **given}, name),
+        {
+            class_name: _validated(Recipe, {**values, **options, **given}, f"{name}: per_class.{class_name}")
+            for class_name, options in per_class.items()
+        },
+        None if paper is None else _validated(Published, paper, f"{name}: paper"),
+    )
+
+
+def _validated(model: type[Model], values: Any, where: str) -> Model:
     try:
-        return Recipe.model_validate(values)
+        return model.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
-        field = ".".join(str(part) for part in first["loc"]) or "recipe"
+        field = ".".join(str(part) for part in first["loc"])
         raise UsageError(
-            f"recipe {name}: {field}: {first['msg']} (known keys: {', '.join(Recipe.model_fields)})"
+            f"recipe {where}: {field + ': ' * bool(field)}{first['msg']} (known keys: {', '.join(model.model_fields)})"
         ) from None
 
 

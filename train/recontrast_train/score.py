@@ -7,15 +7,21 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
 
+from recontrast_edge.datasets import Sample, file_sha256
 from recontrast_edge.engines import Inference
+from recontrast_edge.evaluation import score_samples
 from recontrast_edge.preprocess import Image, preprocess
 from recontrast_edge.scoring import fold_maps, image_scores, level_distances
-from recontrast_edge.spec import ModelSpec
+from recontrast_edge.spec import IMAGE_DIGEST_DIGITS, ModelSpec
 from recontrast_train.model import ReContrast
+
+TRAINING_SCORES = 200
+"""Training images whose scores go into the spec: enough to notice a shift of a fifth of the scores' spread."""
 
 
 class TorchScorer:
@@ -44,3 +50,27 @@ class TorchScorer:
         scores = image_scores(maps, scoring)
         stages = {"preprocess": (prepared - start) * 1e3, "infer": (time.perf_counter() - prepared) * 1e3}
         return Inference(maps, scores, stages)
+
+
+def with_training_images(spec: ModelSpec, model: ReContrast, paths: Sequence[Path]) -> ModelSpec:
+    """The spec with what tells training images from others: their digests, and how the model scores some of them.
+
+    ``calibrate`` needs that: a threshold that rests on images the model has seen rejects more good parts than promised.
+
+    Args:
+        spec: of the trained model.
+        model: put in eval mode here.
+        paths: all training images, in natural order; the scored ones are spread over them.
+
+    Raises:
+        InputError, ModelError: as ``evaluation.score_samples``.
+    """
+    chosen = np.linspace(0, len(paths) - 1, min(len(paths), TRAINING_SCORES)).round().astype(int)
+    scored = score_samples(TorchScorer(model, spec), [Sample(paths[index]) for index in chosen], spec)
+    training = spec.training.model_copy(
+        update={
+            "image_digests": tuple(file_sha256(path)[:IMAGE_DIGEST_DIGITS] for path in paths),
+            "good_scores": tuple(sorted(float(each.score) for each in scored)),
+        }
+    )
+    return spec.model_copy(update={"training": training})

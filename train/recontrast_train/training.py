@@ -37,7 +37,7 @@ from recontrast_train.model import STRIDES, ReContrast
 from recontrast_train.recipe import Recipe, load_recipe
 from recontrast_train.report import write_loss_curve, write_report
 from recontrast_train.run import HOLDOUT_FILE, load_run, save_run, weights_bytes
-from recontrast_train.score import TorchScorer
+from recontrast_train.score import TorchScorer, with_training_images
 
 CHECKPOINT_FILE = "checkpoint.safetensors"
 LOSS_FILE = "loss.csv"
@@ -48,7 +48,7 @@ class TrainOptions:
     """What the command line gives.
 
     Attributes:
-        data: MVTec-layout folder, folder of good images, or list file.
+        data: data set as ``find_dataset`` takes it.
         out: run folder.
         recipe: packaged recipe or path.
         overrides: recipe values that win.
@@ -64,7 +64,7 @@ class TrainOptions:
 
     data: Path
     out: Path
-    recipe: str = "mvtec"
+    recipe: str = "default"
     overrides: dict[str, Any] = field(default_factory=dict)
     weights: Weights = "imagenet"
     class_name: str | None = None
@@ -76,8 +76,26 @@ class TrainOptions:
     checkpoint_every_s: float = 120.0
 
 
-def train(options: TrainOptions, console: Console | None = None) -> ModelSpec:
-    """Train, save, evaluate on the test set if there is one, and draw the report.
+@dataclass(frozen=True)
+class _Training:
+    """What is trained on: image files, the category of each, and the good images kept out."""
+
+    paths: list[Path]
+    categories: list[str]
+    held_out: list[Path]
+    sha256: str
+
+
+def train(options: TrainOptions, dataset: Dataset | None = None, console: Console | None = None) -> ModelSpec:
+    """Train one model, save it, evaluate it on the test set if there is one, and draw the report.
+
+    A training that had finished, of the same recipe and data, is not repeated, nor is its evaluation.
+
+    Args:
+        options: what the command line gives.
+        dataset: what ``options.data`` is, where that is known already. Of one with several categories, all are
+            trained on together, and each is evaluated by itself, in a folder of its name.
+        console: where progress goes; standard error by default.
 
     Returns:
         The spec of the saved model.
@@ -87,28 +105,41 @@ def train(options: TrainOptions, console: Console | None = None) -> ModelSpec:
         TrainingStoppedError: stopped by Ctrl-C or SIGTERM; ``resume`` goes on.
     """
     console = console or Console(stderr=True)
-    recipe = load_recipe(options.recipe, options.overrides)
+    dataset = dataset or find_dataset(options.data)
+    recipe = load_recipe(options.recipe, options.overrides).for_class(options.class_name or dataset.name)
     device = _device(options.device)
     check_precision(recipe, device)
-    dataset = find_dataset(options.data)
-    paths = [sample.path for sample in dataset.training_samples()]
-    training, held_out = split_holdout(paths, options.holdout, seed=recipe.seed, group=options.holdout_group)
-    if len(training) < 2:
-        raise InputError(
-            f"{options.data}: {len(training)} good image to train on, expected at least 2 (dozens, better hundreds)"
-        )
-    finished = _check_out(options)
-    if finished:
-        model, spec = load_run(options.out)
-        console.print(f"{options.out}: training had finished; evaluating")
+    training = _choose(dataset, options, recipe)
+    if check_out(options):
+        spec = _check_finished(options, recipe, training)
+        console.print(f"{options.out}: training had finished")
     else:
-        model, spec = _fit(options, recipe, device, dataset, training, held_out, console)
-    if dataset.test:
-        _evaluate(model.to(device), spec, dataset, options.out)
+        spec = _fit(options, recipe, device, dataset, training, console)
+    _evaluate(options.out, spec, dataset, device)
     console.print(f"Run folder: {options.out}")
-    if held_out:
-        console.print(f"Held out for calibration: {len(held_out)} images, listed in {options.out / HOLDOUT_FILE}")
+    if training.held_out:
+        count = len(training.held_out)
+        console.print(f"Held out for calibration: {count} images, listed in {options.out / HOLDOUT_FILE}")
     return spec
+
+
+def _choose(dataset: Dataset, options: TrainOptions, recipe: Recipe) -> _Training:
+    """Share the good images of each category between training and calibration."""
+    dataset.training_samples()
+    paths: list[Path] = []
+    categories: list[str] = []
+    held_out: list[Path] = []
+    for category in dataset.categories or (dataset,):
+        good = [sample.path for sample in category.train_good]
+        chosen, held = split_holdout(good, options.holdout, seed=recipe.seed, group=options.holdout_group)
+        paths += chosen
+        categories += [category.name] * len(chosen)
+        held_out += [*held, *(sample.path for sample in category.validation_good)]
+    if len(paths) < 2:
+        raise InputError(
+            f"{options.data}: {len(paths)} good image to train on, expected at least 2 (dozens, better hundreds)"
+        )
+    return _Training(paths, categories, held_out, data_sha256([Sample(path) for path in paths]))
 
 
 def _device(name: str) -> torch.device:
@@ -125,7 +156,7 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _check_out(options: TrainOptions) -> bool:
+def check_out(options: TrainOptions) -> bool:
     """Whether the folder holds a finished run to evaluate again; refuses to overwrite one."""
     finished = (options.out / SPEC_FILE).exists() and (options.out / WEIGHTS_FILE).exists()
     started = (options.out / CHECKPOINT_FILE).exists()
@@ -137,15 +168,36 @@ def _check_out(options: TrainOptions) -> bool:
     return finished
 
 
+def _check_finished(options: TrainOptions, recipe: Recipe, training: _Training) -> ModelSpec:
+    """The spec of a finished run, if it is the one that would be trained now."""
+    path = options.out / SPEC_FILE
+    spec = ModelSpec.loads(path.read_bytes(), where=str(path))
+    wanted, found = _resolved(options, recipe), spec.training.recipe
+    differing = [key for key in wanted if wanted[key] != found.get(key)]
+    if (options.weights == "random") != (found.get("initial_weights") == "random"):
+        differing.append("initial weights")
+    if training.sha256 != spec.training.data_sha256:
+        differing.append("images")
+    if differing:
+        raise UsageError(
+            f"{options.out}: holds a finished training with other {', '.join(differing)}; give the same options, or "
+            "train into another folder"
+        )
+    return spec
+
+
+def _resolved(options: TrainOptions, recipe: Recipe) -> dict[str, Any]:
+    return {**recipe.model_dump(mode="json"), "recipe": options.recipe}
+
+
 def _fit(
     options: TrainOptions,
     recipe: Recipe,
     device: torch.device,
     dataset: Dataset,
-    training: list[Path],
-    held_out: list[Path],
+    training: _Training,
     console: Console,
-) -> tuple[ReContrast, ModelSpec]:
+) -> ModelSpec:
     entry = backbone(recipe.backbone)
     input_spec = InputSpec(
         size_wh=recipe.size_wh,
@@ -157,18 +209,17 @@ def _fit(
     torch.manual_seed(recipe.seed)
     model = ReContrast(recipe.backbone, encoder_bn=recipe.encoder_bn)
     weights_digest = model.load_encoder_weights(options.weights)
-    data_digest = data_sha256([Sample(path) for path in training])
-    resolved = {**recipe.model_dump(mode="json"), "recipe": options.recipe, "initial_weights": weights_digest}
-    fingerprint = hashlib.sha256(json.dumps([resolved, data_digest], sort_keys=True).encode()).hexdigest()
+    resolved = {**_resolved(options, recipe), "initial_weights": weights_digest}
+    fingerprint = hashlib.sha256(json.dumps([resolved, training.sha256], sort_keys=True).encode()).hexdigest()
 
-    console.print(_recipe_table(resolved, dataset, len(training), len(held_out), device))
-    if held_out:
-        _write_holdout(options.out, held_out)
+    console.print(_recipe_table(resolved, dataset, training, device))
+    if training.held_out:
+        _write_holdout(options.out, training.held_out)
     workers = options.workers
     if workers is None:
         # On the CPU the network needs the cores, and the cache makes reading rare.
         workers = min(8, os.cpu_count() or 1) if device.type == "cuda" else 0
-    images = GoodImages(training, input_spec, cache=workers == 0)
+    images = GoodImages(training.paths, input_spec, cache=workers == 0, categories=training.categories)
     checkpoint = options.out / CHECKPOINT_FILE
     with _progress(console) as progress, _stop_signals() as stopped:
         task = progress.add_task("training", total=recipe.iterations, loss="-")
@@ -204,8 +255,8 @@ def _fit(
         training=Training(
             recipe=resolved,
             data=dataset.name,
-            n_images=len(training),
-            data_sha256=data_digest,
+            n_images=len(training.paths),
+            data_sha256=training.sha256,
             iterations=recipe.iterations,
             software={
                 "recontrast-edge": __version__,
@@ -215,11 +266,12 @@ def _fit(
             },
         ),
     )
+    spec = with_training_images(spec, model, training.paths)
     _write_losses(options.out, losses)
     write_loss_curve(options.out, losses)
     save_run(options.out, weights, spec)
     checkpoint.unlink(missing_ok=True)
-    return model, spec
+    return spec
 
 
 def _write_losses(out: Path, losses: list[float]) -> None:
@@ -238,18 +290,41 @@ def _write_holdout(out: Path, held_out: list[Path]) -> None:
         )
 
 
-def _evaluate(model: ReContrast, spec: ModelSpec, dataset: Dataset, out: Path) -> None:
-    result = evaluate(TorchScorer(model, spec), dataset.test, spec, progress=True)
-    with atomic_write(out / METRICS_FILE) as file:
-        file.write((json.dumps(result.to_json(), indent=2) + "\n").encode())
-    write_report(out, result)
-    show_evaluation(result, dataset.name, foreign=False)
+def _evaluate(out: Path, spec: ModelSpec, dataset: Dataset, device: torch.device) -> None:
+    """Evaluate each category that has a test set, unless its folder holds just that evaluation already."""
+    scorer: TorchScorer | None = None
+    for category in dataset.categories or (dataset,):
+        if not category.test:
+            continue
+        folder = out / category.name if dataset.categories else out
+        identity = {
+            "weights_sha256": spec.weights_sha256,
+            "data": {"name": category.name, "sha256": data_sha256(category.test)},
+        }
+        known = read_metrics(folder) or {}
+        if all(known.get(key) == value for key, value in identity.items()):
+            continue
+        if scorer is None:
+            scorer = TorchScorer(load_run(out)[0].to(device), spec)
+        result = evaluate(scorer, category.test, spec, progress=True)
+        write_report(folder, result, category.name)
+        with atomic_write(folder / METRICS_FILE) as file:
+            file.write((json.dumps({**result.to_json(), **identity}, indent=2) + "\n").encode())
+        show_evaluation(result, category.name, foreign=False)
 
 
-def _recipe_table(
-    resolved: dict[str, Any], dataset: Dataset, training: int, held_out: int, device: torch.device
-) -> Table:
-    table = Table(title=f"{dataset.name}: {training} good images, {held_out} held out, on {device}", show_header=False)
+def read_metrics(folder: Path) -> dict[str, Any] | None:
+    """What a run folder's ``metrics.json`` holds; None where there is none that can be read."""
+    try:
+        content = json.loads((folder / METRICS_FILE).read_bytes())
+    except (OSError, ValueError):
+        return None
+    return content if isinstance(content, dict) else None
+
+
+def _recipe_table(resolved: dict[str, Any], dataset: Dataset, training: _Training, device: torch.device) -> Table:
+    counts = f"{len(training.paths)} good images, {len(training.held_out)} held out"
+    table = Table(title=f"{dataset.name}: {counts}, on {device}", show_header=False)
     for key, value in resolved.items():
         table.add_row(key, str(value))
     return table

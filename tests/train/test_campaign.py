@@ -1,0 +1,153 @@
+"""Training on whole data sets: every archive, categories one by one and together, and what happens when one fails."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("torch", reason="needs the train extra")
+
+from recontrast_edge.errors import InputError, UsageError
+from recontrast_train.campaign import train_all
+from recontrast_train.run import load_run
+from recontrast_train.training import TrainOptions
+from tests import archives
+
+TINY = {"backbone": "resnet18", "size_wh": [64, 64], "resize_wh": None, "iterations": 2, "batch": 2}
+
+
+def options(data: Path, out: Path, recipe: str = "default", **changes: Any) -> TrainOptions:
+    overrides = {**TINY, **changes.pop("overrides", {})}
+    return TrainOptions(data=data, out=out, recipe=recipe, overrides=overrides, weights="random", **changes)
+
+
+def read(path: Path) -> Any:
+    return json.loads(path.read_text())
+
+
+@pytest.mark.parametrize(
+    ("name", "recipe"),
+    [
+        ("loco", "default"),
+        ("mvtec_ad2", "mvtec-stable"),
+        ("visa", "visa-multiclass"),
+        ("aptos", "aptos"),
+        ("oct2017", "oct2017"),
+        ("isic2018", "isic2018"),
+        ("magnetic_tile", "default"),
+    ],
+)
+def test_every_archive_trains_and_is_evaluated(name: str, recipe: str, tmp_path: Path) -> None:
+    data, out = archives.ARCHIVES[name](tmp_path / name), tmp_path / "run"
+    train_all(options(data, out, recipe))
+    categories = {"loco": ["pushpins"], "mvtec_ad2": ["vial"], "visa": ["candle", "pcb1"]}.get(name, [])
+    for folder in [out / category for category in categories] or [out]:
+        metrics = read(folder / "metrics.json")
+        assert metrics["n_good"] == 2 if name != "aptos" else 4
+        assert 0 <= metrics["metrics"]["i_auroc"] <= 1
+        assert (metrics["metrics"]["p_auroc"] is None) == (name in ("aptos", "oct2017", "isic2018"))
+    if name in ("loco", "mvtec_ad2"):
+        held_out = (out / categories[0] / "holdout.txt").read_text().splitlines()
+        assert [Path(line).parent.parent.name for line in held_out[1:]] == ["validation", "validation"]
+
+
+@pytest.fixture
+def mvtec(tmp_path: Path) -> Path:
+    return archives.mvtec(tmp_path / "mvtec")
+
+
+def test_categories_one_by_one(mvtec: Path, tmp_path: Path) -> None:
+    """One category's image is damaged: the other is trained, and nothing that is done is done again."""
+    out = tmp_path / "runs"
+    damaged = mvtec / "bottle" / "train" / "good" / "002.png"
+    whole = damaged.read_bytes()
+    damaged.write_bytes(whole[:60])
+    with pytest.raises(InputError, match=r"1 of 2 categories failed, first bottle: .*002\.png: .*cut off"):
+        train_all(options(mvtec, out, "mvtec"))
+    table = read(out / "categories.json")
+    assert [(row["name"], row["error"] is None) for row in table["categories"]] == [("bottle", False), ("screw", True)]
+    assert "mean of 1 of 2" in (out / "categories.md").read_text()
+
+    damaged.write_bytes(whole)
+    with pytest.raises(UsageError, match=r"screw: already holds a finished run; go on with --resume"):
+        train_all(options(mvtec, out, "mvtec"))
+    assert not (out / "bottle" / "model.safetensors").exists()
+    trained = [(out / "screw" / name).stat().st_mtime_ns for name in ("model.safetensors", "metrics.json")]
+    train_all(options(mvtec, out, "mvtec", resume=True))
+    assert [(out / "screw" / name).stat().st_mtime_ns for name in ("model.safetensors", "metrics.json")] == trained
+
+    table = read(out / "categories.json")
+    values = [row["metrics"]["i_auroc"] for row in table["categories"]]
+    assert table["mean"]["i_auroc"] == pytest.approx(sum(values) / 2)
+    assert table["published"]["i_auroc"] == 0.9945
+    page = (out / "categories.md").read_text()
+    assert "| mean |" in page
+    assert "| published |  |  | 99.45 |" in page
+
+    # The recipe's exception is the screw's; what was trained is in each run.
+    modes = {name: load_run(out / name)[1].training.recipe["encoder_bn"] for name in ("bottle", "screw")}
+    assert modes == {"bottle": "train", "screw": "eval"}
+    with pytest.raises(UsageError, match="finished training with other batch"):
+        train_all(options(mvtec, out, "mvtec", resume=True, overrides={"batch": 3}))
+    archives.part(mvtec / "screw" / "train" / "good" / "9.png")
+    with pytest.raises(UsageError, match="screw: holds a finished training with other images"):
+        train_all(options(mvtec, out, "mvtec", resume=True))
+
+
+def test_one_model_for_all_categories(mvtec: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    train_all(options(mvtec, out, "mvtec-multiclass", overrides={"class_balanced": True}, holdout=0.25))
+    _, spec = load_run(out)
+    assert spec.class_name == "mvtec"
+    assert spec.training.n_images == 6
+    assert spec.training.recipe["unified"] is True
+    held_out = (out / "holdout.txt").read_text().splitlines()[1:]
+    assert [Path(line).parents[2].name for line in held_out] == ["bottle", "screw"]
+    table = read(out / "categories.json")
+    assert table["unified"] is True
+    for row in table["categories"]:
+        metrics = read(out / row["name"] / "metrics.json")
+        assert row["metrics"] == metrics["metrics"]
+        assert metrics["weights_sha256"] == spec.weights_sha256
+        assert metrics["n_good"] == metrics["n_defect"] == 2
+        assert not (out / row["name"] / "model.safetensors").exists()
+    # New test images are evaluated, and the model is not trained again.
+    archives.part(mvtec / "screw" / "test" / "good" / "9.png")
+    again = {"overrides": {"class_balanced": True}, "holdout": 0.25, "resume": True}
+    train_all(options(mvtec, out, "mvtec-multiclass", **again))
+    assert [row["n_good"] for row in read(out / "categories.json")["categories"]] == [2, 3]
+    assert load_run(out)[1] == spec
+
+
+def test_a_class_name_is_for_one_product(mvtec: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="names one product, but mvtec has 2 categories"):
+        train_all(options(mvtec, tmp_path / "runs", class_name="bolt"))
+
+
+def test_the_command(
+    mvtec: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["recontrast-edge", "train", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        return (ended.value.code, *capsys.readouterr())
+
+    out = tmp_path / "runs"
+    for data in ([], [mvtec, "--data", mvtec]):
+        code, _, error = run(*data, "--out", out)
+        assert code == 2
+        assert "expected the data set once, as argument or as --data" in error
+    model = ["--backbone", "resnet18", "--weights", "random", "--size", "64x64", "--iterations", "1", "--batch", "2"]
+    (mvtec / "bottle" / "train" / "good" / "000.png").write_bytes(b"")
+    code, printed, error = run("--recipe", "mvtec", "--data", mvtec, "--out", out, *model)
+    assert code == 3, error
+    assert "1 of 2 categories failed, first bottle" in error
+    table = printed[printed.index("mvtec, metrics in percent") :]
+    first = [line.split()[0] for line in table.splitlines() if line.strip()]
+    assert [word for word in first if word.isalpha()] == ["category", "bottle", "screw", "mean", "published"]
+    assert (out / "screw" / "model.safetensors").exists()
