@@ -11,6 +11,7 @@ import pytest
 
 pytest.importorskip("torch", reason="needs the train extra")
 
+from recontrast_edge.cli import main
 from recontrast_edge.errors import InputError, UsageError
 from recontrast_train.campaign import train_all
 from recontrast_train.run import load_run
