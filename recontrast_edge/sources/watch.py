@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 import fnmatch
+import math
 import os
 import re
 import threading
@@ -29,7 +30,7 @@ from recontrast_edge.verdict import Fault
 POLL_S = 0.02
 
 RELIST_S = 2.0
-"""For so long after a change the folder is listed anyway: on some file systems its time of change is as coarse."""
+"""For so long after a change the folder is listed now and then: file systems may note its time as coarsely as that."""
 
 GIVE_UP_S = 5.0
 """An image that has not changed for so long, and still cannot be decoded, is broken and not incomplete."""
@@ -94,7 +95,8 @@ class WatchSource:
         self._candidates: dict[str, _Candidate] = {}
         self._complete: deque[tuple[_Candidate, bool]] = deque()
         self._listed_ns: int | None = None
-        self._listed_anyway_until_s = 0.0
+        self._changed_s = self._relist_s = -math.inf
+        """When the folder's list of files was last seen to change, and when to list it again without a change."""
         if existing == "skip":
             self._list()
             self._candidates.clear()
@@ -114,7 +116,7 @@ class WatchSource:
         else:
             raise UsageError(f"{what}: after must be keep, delete or move:SUBFOLDER, got {after!r}")
         for folder in [] if after == "keep" else filter(None, (self._folder, target)):
-            if not os.access(folder, os.W_OK | os.X_OK):
+            if not os.access(folder, os.W_OK | os.X_OK, effective_ids=True):
                 raise InputError(f"{folder}: may not be written to, so after={after} cannot be done")
         return after == "delete", target
 
@@ -149,9 +151,12 @@ class WatchSource:
         now_s = time.monotonic()
         if identity[2] != self._listed_ns:
             self._listed_ns = identity[2]
-            self._listed_anyway_until_s = now_s + RELIST_S
-        if now_s < self._listed_anyway_until_s:
+            self._changed_s = self._relist_s = now_s
+        if self._changed_s <= self._relist_s <= now_s:
             self._list()
+            # Less and less often.
+            since_s = now_s - self._changed_s
+            self._relist_s = now_s + max(POLL_S, since_s) if since_s < RELIST_S else -math.inf
         for candidate in list(self._candidates.values()):
             stamp = _stamp(candidate.path)
             if stamp is None:
