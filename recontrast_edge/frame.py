@@ -252,7 +252,8 @@ class Source(Protocol):
     Optional attributes: ``counters: dict[str, int]`` (such as ``{"incomplete": 5, "lost": 2}``) ends up in the run's
     summary; ``triggered = True`` says that a part or an encoder makes the frames come, so that none for a while is no
     fault; ``heard_s: float | None`` is when the camera last gave a sign of life, where frames come later than that;
-    ``default_mode`` is the pipeline's mode where nobody names one.
+    ``default_mode`` is the pipeline's mode where nobody names one; ``reopens: bool`` says whether it is opened again
+    after an error, where that differs from ``live``.
     """
 
     uri: str

@@ -70,7 +70,7 @@ class WatchSource:
     """
 
     live = False
-    triggered = True
+    reopens = True
 
     def __init__(self, uri: str) -> None:
         what = f"source {uri!r}"
