@@ -164,7 +164,7 @@ class Line:
     # A run.
 
     def connect(self) -> None:
-        """Open the cameras, those excepted that are to be waited for; nothing is read yet.
+        """Open the cameras, or try to where one is to be waited for; nothing is read yet.
 
         ``run`` does it where nobody did. Call it before the outputs are opened, so that a camera that is not there
         leaves the files of an earlier run alone.
@@ -175,10 +175,8 @@ class Line:
         self._connecting = True
         for camera in self.cameras:
             camera.start()
-        needed = [camera for camera in self.cameras if not camera.plan.retry.wait_for_source]
-        while not self._stop.is_set() and not all(camera.connected or camera.done for camera in needed):
+        while not self._stop.is_set() and not all(camera.tried for camera in self.cameras):
             time.sleep(POLL_S)
-        # One that may be waited for can still be hopeless, such as an unknown option.
         errors = [camera.error for camera in self.cameras if camera.error is not None]
         if errors:
             self.close()
@@ -389,6 +387,7 @@ class Line:
                 leave(judge.thread)
                 if not any(isinstance(error, StallError) for error in self.errors):
                     self.errors.append(StallError("the engine does not answer, and was left behind"))
+        self._judges = []
 
     def _wait(self, condition: Callable[[], bool], after_stop_s: float) -> None:
         """Until the condition holds, so many seconds after a stop, or until an engine is given up."""

@@ -99,6 +99,7 @@ class Camera:
         self._uri = plan.uri
         self._mode: Mode | None = plan.mode
         self._live = False
+        self._reopens = False
         self._source: Source | None = None
         self._counters: dict[str, int] = {}
         self._closer: threading.Thread | None = None
@@ -131,6 +132,11 @@ class Camera:
     def mode(self) -> Mode | None:
         """None until it was opened and is known."""
         return self._mode
+
+    @property
+    def tried(self) -> bool:
+        """Whether it was opened, or could not be."""
+        return self.connected or self._failures > 0 or self.done
 
     @property
     def live(self) -> bool:
@@ -286,6 +292,7 @@ class Camera:
             if not self._is_current(generation):
                 return False
             self._source, self._uri, self._live = source, source.uri, source.live
+            self._reopens = getattr(source, "reopens", source.live)
             if self._mode is None:
                 self._mode = getattr(source, "default_mode", "live" if source.live else "every")
             if self._mode == "live":
@@ -382,7 +389,7 @@ class Camera:
             if not self._is_current(generation):
                 return
             self._failures += 1
-            if not (self._live if self.connected else self.plan.retry.wait_for_source):
+            if not (self._reopens if self.connected else self.plan.retry.wait_for_source):
                 raise error
             limit = self.plan.retry.max_reconnects
             if limit is not None and self._failures > limit:

@@ -112,8 +112,8 @@ def run_command(
             lambda: open_source(source),
             product,
             mode=None if mode is None else mode.value,
-            merger=open_merger(source),
             retry=Retry(wait_for_source=wait_for_source, max_reconnects=max_reconnects),
+            merger=open_merger(source),
         )
         line = stack.enter_context(Line([plan], max_frames=max_frames, stop=stop, statistics=statistics))
         stack.enter_context(stop_on_signals(stop))

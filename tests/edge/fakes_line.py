@@ -142,7 +142,7 @@ class Wrapped:
 def plan(engine: Engine, source: Source | Callable[[], Source], **more: Any) -> CameraPlan:
     """A camera; nothing watches it unless the test says so."""
     opener = source if callable(source) else lambda: source
-    return CameraPlan("fake://", opener, Product(engine, THRESHOLD), **{"watch": None, **more})
+    return CameraPlan("fake://", opener, **{"product": Product(engine, THRESHOLD), "watch": None, **more})
 
 
 def run(engine: Engine, source: Source | Callable[[], Source], *sinks: FakeSink, **more: Any) -> Line:

@@ -1,0 +1,187 @@
+"""However a line ends: in time, with everything accounted for, and with the exit code of what ended it."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from recontrast_edge import bounded
+from recontrast_edge.engines import Engine, open_engine
+from recontrast_edge.errors import StallError
+from recontrast_edge.frame import Frame, Judgement
+from recontrast_edge.pipeline import Line
+from tests.edge.fakes_line import FakeSink, FakeSource, Wrapped, check_accounts, endless, frame, frames, plan, run
+
+ROOT = Path(__file__).parents[2]
+DOWN_WITHIN_S = 5.0
+
+
+@pytest.fixture
+def engine(tiny_model: Path) -> Iterator[Engine]:
+    with open_engine(tiny_model, threads=1) as opened:
+        yield opened
+
+
+EXPECTED = {
+    "nothing": (0, ""),
+    "read": (5, "the source does not answer"),
+    "close": (5, "the source does not answer"),
+    "engine": (11, "the engine does not answer"),
+    "engine of a file": (11, "the engine does not answer"),
+    "sink": (7, "the output does not answer"),
+    "sink of a file": (7, "the output does not answer"),
+}
+"""What hangs -> exit code and message."""
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a line ended that was asked to by SIGTERM while a part of it hung."""
+
+    code: int
+    stderr: str
+    took_s: float
+    summary: Path
+
+
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Ended]]:
+    """All at the same time, because what they do is wait."""
+    folder = tmp_path_factory.mktemp("summaries")
+    lines: dict[str, subprocess.Popen[str]] = {}
+    results: dict[str, Ended] = {}
+    try:
+        for part in (*EXPECTED, "open", "sink, two signals"):
+            command = [sys.executable, "-m", "tests.edge.hanging_line", part.split(",")[0], str(folder / part)]
+            lines[part] = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for line in lines.values():
+            assert line.stdout is not None
+            assert line.stdout.readline() == "hanging\n"
+        time.sleep(0.5)
+        asked_s = time.monotonic()
+        for line in lines.values():
+            line.send_signal(signal.SIGTERM)
+        time.sleep(0.3)
+        lines["sink, two signals"].send_signal(signal.SIGTERM)
+        while len(results) < len(lines) and time.monotonic() < asked_s + 30:
+            for part, line in lines.items():
+                if part not in results and line.poll() is not None:
+                    took_s = time.monotonic() - asked_s
+                    assert line.stderr is not None
+                    results[part] = Ended(line.returncode, line.stderr.read(), took_s, folder / part)
+            time.sleep(0.02)
+        yield results
+    finally:
+        for line in lines.values():
+            line.kill()
+            line.communicate()
+
+
+@pytest.mark.parametrize("part", EXPECTED)
+def test_sigterm_ends_it_in_time_whatever_hangs(ended: dict[str, Ended], part: str) -> None:
+    line = ended[part]
+    code, message = EXPECTED[part]
+    assert line.took_s < DOWN_WITHIN_S
+    assert line.code == code, line.stderr
+    assert message in line.stderr
+    assert "Traceback" not in line.stderr
+    summary = json.loads(line.summary.read_text())
+    assert summary["stopped_by"] == "signal"
+    assert summary["captured"] == summary["judged"] + summary["dropped"]
+    for output in summary["outputs"]:
+        assert output["written"] + output["dropped"] == summary["judged"]
+
+
+def test_sigterm_ends_it_while_a_source_hangs_in_its_opening(ended: dict[str, Ended]) -> None:
+    assert ended["open"].took_s < DOWN_WITHIN_S
+    assert ended["open"].code == 5
+
+
+def test_the_second_signal_ends_it_at_once(ended: dict[str, Ended]) -> None:
+    assert ended["sink, two signals"].took_s < 1.5
+    assert ended["sink, two signals"].code == -signal.SIGTERM
+
+
+def test_frames_that_a_slow_engine_keeps_waiting_are_faults_and_it_may_come_back(engine) -> None:
+    """The third inference takes a second, with a limit of a quarter."""
+    inferences = iter([0.0, 0.0, 1.0])
+    slow = Wrapped(engine, lambda: time.sleep(next(inferences, 0.0)))
+    sink = FakeSink()
+    source = FakeSource((frame(index) for index in range(150)), live=True, interval_s=0.01)
+    line = run(slow, source, sink, mode="every", queue_frames=1000, engine_timeout_s=0.4)
+    assert (line.stopped_by, line.errors) == ("end_of_stream", [])
+    assert sink.ids == list(range(150)), "nothing is lost, and in order"
+    assert sink.faults[:2] == [None, None]
+    assert sink.faults[2] == "engine_stalled"
+    assert sink.faults[-1] is None
+    assert sink.faults.count("engine_stalled") == line.statistics.faults["engine_stalled"] > 3
+    stalled = [judgement for judgement in sink.taken if judgement.fault]
+    assert stalled[0].latency_ms["total"] < 900, "they are told while it hangs, not after"
+
+
+def test_an_engine_that_never_comes_back_ends_the_run(engine) -> None:
+    released, sink = threading.Event(), FakeSink()
+    source = endless(0.01)
+    line = Line([plan(Wrapped(engine, lambda: released.wait() and None), source)], engine_timeout_s=0.1)
+    started_s = time.monotonic()
+    line.run([sink])
+    assert time.monotonic() - started_s < 5
+    assert line.stopped_by == "engine_stalled"
+    assert [type(error) for error in line.errors] == [StallError]
+    assert set(sink.faults) == {"engine_stalled"}
+    check_accounts(line)
+    assert source.closed.is_set()
+    assert sink.closed
+    released.set()
+    assert bounded.wait_until(lambda: not bounded.left_behind(), time.monotonic() + 5)
+    assert len(sink.taken) == line.statistics.judged, "what it says after all does not count"
+
+
+def test_a_defect_in_a_source_surfaces(engine) -> None:
+    def items() -> Iterator[Frame]:
+        yield frame(0)
+        raise ZeroDivisionError("a defect")
+
+    line = run(engine, FakeSource(items(), live=True), FakeSink())
+    assert line.stopped_by == "source_failed"
+    assert isinstance(line.errors[0], ZeroDivisionError)
+
+
+def test_a_defect_in_a_merger_surfaces_with_the_rest_accounted_for(engine) -> None:
+    class Broken:
+        def add(self, judgement: Judgement) -> list[Judgement]:
+            if judgement.frame.frame_id == 3:
+                raise KeyError("a defect")
+            return [judgement]
+
+        def expire(self, now_s: float) -> list[Judgement]:
+            return []
+
+        def flush(self) -> list[Judgement]:
+            return []
+
+    line = run(engine, FakeSource(frames(30)), FakeSink(), merger=Broken())
+    assert line.stopped_by == "internal_error"
+    assert isinstance(line.errors[0], KeyError)
+
+
+def test_a_stop_does_not_wait_for_a_long_queue(engine) -> None:
+    """Three hundred frames wait, at 50 ms each: what cannot be judged in time is dropped, and counted."""
+    stop, sink = threading.Event(), FakeSink()
+    slow = Wrapped(engine, lambda: time.sleep(0.05))
+    source = FakeSource((frame(index) for index in range(300)), live=True)
+    threading.Timer(0.5, stop.set).start()
+    started_s = time.monotonic()
+    line = run(slow, source, sink, mode="every", queue_frames=300, stop=stop)
+    assert time.monotonic() - started_s < 0.5 + DOWN_WITHIN_S
+    assert line.statistics.dropped > 0
+    assert sink.ids == list(range(len(sink.ids)))
