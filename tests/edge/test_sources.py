@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import threading
 import time
+from contextlib import closing
 from fractions import Fraction
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import pytest
 from recontrast_edge.errors import InputError, RecontrastError, SourceError, UsageError
 from recontrast_edge.frame import EndOfStream, Frame, Source
 from recontrast_edge.sources import open_source
+from tests.edge.leaks import assert_reopening_leaves_nothing
 
 
 def read_all(source: Source, frames: list[Frame] | None = None) -> list[Frame]:
@@ -108,6 +110,42 @@ class TestImages:
         source.close()
         with pytest.raises(EndOfStream):
             source.read(1.0)
+
+
+class TestList:
+    def test_in_the_lists_order_and_every_bad_entry_is_a_fault(self, tmp_path: Path) -> None:
+        for value, name in ((1, "b/1.png"), (2, "a.png"), (3, "out of order.png")):
+            write_image(tmp_path / "images" / name, value)
+        (tmp_path / "images" / "cut.png").write_bytes((tmp_path / "images" / "a.png").read_bytes()[:40])
+        entries = [
+            "# a comment",
+            "out of order.png",
+            "",
+            "  b/1.png  ",
+            "missing.png",
+            "cut.png",
+            "b",
+            "x" * 5000,
+            "a.png",
+        ]
+        listed = tmp_path / "images" / "list.txt"
+        listed.write_text("\n".join([*entries, "a\0b.png", str(tmp_path / "images" / "a.png")]))
+        source = open_source(f"list:{listed}")
+        assert not source.live
+        frames = read_all(source)
+        values = [None if frame.image is None else int(frame.image[0, 0, 0]) for frame in frames]
+        assert values == [3, 1, None, None, None, None, 2, None, 2]
+        assert {frame.fault for frame in frames if frame.image is None} == {"unreadable_image"}
+        assert [frame.frame_id for frame in frames] == list(range(9))
+        assert "missing.png" in (frames[2].detail or "")
+
+    @pytest.mark.parametrize("content", [b"", b"# only a comment\n", b"\xff\xfe\x00", None])
+    def test_what_is_no_list(self, tmp_path: Path, content: bytes | None) -> None:
+        path = tmp_path / "list.txt"
+        if content is not None:
+            path.write_bytes(content)
+        with pytest.raises(InputError, match=r"list\.txt"):
+            open_source(f"list:{path}")
 
 
 FRAMES = 40
@@ -241,6 +279,94 @@ class TestVideo:
         source.close()
         thread.join(5)
         assert ended.is_set()
+
+
+class TestPace:
+    def test_a_video_played_several_times_counts_on(self, tmp_path: Path) -> None:
+        path = write_video(tmp_path / "belt.mp4", "mpeg4", frames=10)
+        source = open_source(f"{path}?loop=3")
+        assert not source.live
+        frames = read_all(source)
+        assert [frame.frame_id for frame in frames] == list(range(30))
+        times_ns = [frame.camera_time_ns for frame in frames if frame.camera_time_ns is not None]
+        # 20 frames a second, over the seams too.
+        assert np.diff(times_ns) == pytest.approx(np.full(29, 5e7), abs=1e4)
+
+    def test_at_its_own_pace_it_behaves_as_a_camera(self, tmp_path: Path) -> None:
+        path = write_video(tmp_path / "belt.mp4", "mpeg4", frames=20)
+        with closing(open_source(f"{path}?pace=realtime&loop=forever")) as source:
+            assert source.live
+            first = source.read(1.0)
+            assert first is not None
+            assert first.frame_id == 0
+            assert source.read(0.01) is None
+            frames = [source.read(1.0) for _ in range(10)]
+            seen = [frame for frame in frames if frame is not None]
+            assert seen[-1].captured_s - seen[0].captured_s == pytest.approx(
+                (seen[-1].frame_id - seen[0].frame_id) * 0.05, abs=1e-3
+            )
+            time.sleep(0.8)
+            late = source.read(1.0)
+            assert late is not None
+            assert late.frame_id >= seen[-1].frame_id + 15
+            assert 0 <= time.monotonic() - late.captured_s < 0.2
+
+    def test_at_its_own_pace_it_ends(self, tmp_path: Path) -> None:
+        path = write_video(tmp_path / "belt.mp4", "mpeg4", frames=8)
+        started_s = time.monotonic()
+        frames = read_all(open_source(f"{path}?pace=realtime"))
+        assert 0.35 <= time.monotonic() - started_s < 3
+        assert frames[-1].frame_id == 7
+
+    def test_one_that_breaks_off_is_an_error_after_its_frames(self, tmp_path: Path) -> None:
+        path = write_video(tmp_path / "belt.avi", "mpeg4", frames=20)
+        path.write_bytes(path.read_bytes()[: int(path.stat().st_size * 0.75)])
+        source = open_source(f"{path}?pace=realtime")
+        frames: list[Frame] = []
+        with pytest.raises(SourceError, match="breaks off"):
+            read_all(source, frames)
+        assert frames
+
+    def test_close_wakes_the_reader(self, tmp_path: Path) -> None:
+        source = open_source(f"{write_video(tmp_path / 'belt.mp4', 'mpeg4')}?pace=realtime&loop=forever")
+        threading.Timer(0.2, source.close).start()
+        started_s = time.monotonic()
+        assert read_all(source)
+        assert time.monotonic() - started_s < 2
+
+    @pytest.mark.parametrize(
+        ("query", "message"),
+        [("pace=fast", "pace must be realtime"), ("loop=0", "loop must be"), ("looop=2", "did you mean 'loop'")],
+    )
+    def test_bad_options(self, tmp_path: Path, query: str, message: str) -> None:
+        path = write_video(tmp_path / "belt.mp4", "mpeg4", frames=2)
+        with pytest.raises(UsageError, match=message):
+            open_source(f"{path}?{query}")
+
+    def test_a_file_with_a_question_mark_in_its_name(self, tmp_path: Path) -> None:
+        write_video(tmp_path / "belt.mp4", "mpeg4", frames=2).rename(tmp_path / "what?.mp4")
+        assert len(read_all(open_source(f"{tmp_path}/what?.mp4"))) == 2
+
+
+@pytest.mark.parametrize("times", [10, pytest.param(100, marks=pytest.mark.soak)])
+@pytest.mark.parametrize("kind", ["video", "paced", "list", "folder", "synthetic"])
+def test_reopening_leaves_nothing_behind(tmp_path: Path, kind: str, times: int) -> None:
+    write_image(tmp_path / "1.png", 1)
+    (tmp_path / "list.txt").write_text("1.png")
+    video = write_video(tmp_path / "belt.mp4", "mpeg4", frames=4)
+    uri = {
+        "video": str(video),
+        "paced": f"{video}?pace=realtime&loop=forever",
+        "list": f"list:{tmp_path / 'list.txt'}",
+        "folder": str(tmp_path),
+        "synthetic": "synthetic://mixed?fps=100&size=64x64",
+    }[kind]
+
+    def use() -> None:
+        with closing(open_source(uri)) as source:
+            assert source.read(1.0) is not None
+
+    assert_reopening_leaves_nothing(use, times=times)
 
 
 class TestSynthetic:
