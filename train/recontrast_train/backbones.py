@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from recontrast_edge.errors import MissingError, ModelError
+from recontrast_train.depthwise import depthwise_conv2d
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -127,10 +128,12 @@ class SameConv2d(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         top, bottom = self.pads(x.shape[2], 0)
         left, right = self.pads(x.shape[3], 1)
-        if top == bottom and left == right:
-            return functional.conv2d(x, self.weight, self.bias, self.stride, (top, left), self.dilation, self.groups)
-        padded = functional.pad(x, (left, right, top, bottom))
-        return functional.conv2d(padded, self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
+        if top != bottom or left != right:
+            x, top, left = functional.pad(x, (left, right, top, bottom)), 0, 0
+        if self.groups == self.in_channels:
+            height, width = self.stride
+            return depthwise_conv2d(x, self.weight, stride=(height, width), padding=(top, left))
+        return functional.conv2d(x, self.weight, self.bias, self.stride, (top, left), self.dilation, self.groups)
 
 
 class _InvertedResidual(nn.Module):
