@@ -11,6 +11,7 @@ tiles is found by both, and reported once.
 from __future__ import annotations
 
 import dataclasses
+import math
 import sys
 import time
 from collections.abc import Iterable, Sequence
@@ -21,8 +22,11 @@ from recontrast_edge.linescan import TileSpan, line_options
 from recontrast_edge.verdict import MAX_REGIONS, Fault
 
 
-def open_merger(uri: str) -> TileMerger | None:
+def open_merger(uri: str, *, gate_reserve_s: float = 0.0) -> TileMerger | None:
     """What merges the verdicts on a source's tiles, as its options say; None where each tile has its own verdict.
+
+    Args:
+        gate_reserve_s: see ``TileMerger``.
 
     Raises:
         UsageError: an option of line scan that is out of range, or contradicts another.
@@ -31,8 +35,9 @@ def open_merger(uri: str) -> TileMerger | None:
     if options is None or options.merge == "tile":
         return None
     if options.merge == "length":
-        return TileMerger(length=options.merge_lines)
-    return TileMerger(length=None if options.parts else options.part_lines, number_parts=not options.parts)
+        return TileMerger(length=options.merge_lines, gate_reserve_s=gate_reserve_s)
+    length = None if options.parts else options.part_lines
+    return TileMerger(length=length, number_parts=not options.parts, gate_reserve_s=gate_reserve_s)
 
 
 class TileMerger:
@@ -43,20 +48,25 @@ class TileMerger:
     with the highest score: what the worst of it looks like. The score is the highest, but where a rejected tile's
     defects lie in another stretch it counts as the threshold.
 
+    A stretch is at the gate when the first of its tiles is. If it has no verdict by then, it is a FAULT, in time for
+    the gate; what its other tiles show comes too late.
+
     Args:
         length: lines of a stretch, the first one from line 0 on; None: a stretch is a part, and all tiles with its part
             id are its own.
         number_parts: each stretch of ``length`` is a part; its number is the part id.
+        gate_reserve_s: how long before the gate a verdict must be there, in seconds.
 
     Raises:
         UsageError: a length below 1.
     """
 
-    def __init__(self, *, length: int | None, number_parts: bool = False) -> None:
+    def __init__(self, *, length: int | None, number_parts: bool = False, gate_reserve_s: float = 0.0) -> None:
         if length is not None and length < 1:
             raise UsageError(f"expected a length of at least 1 line to merge over, got {length}")
         self._length = length
         self._number_parts = number_parts
+        self._gate_reserve_s = gate_reserve_s
         self._web: int | None = None
         self._open: list[_Stretch] = []
         """Begun and not yet settled, in the order of the web."""
@@ -86,7 +96,7 @@ class TileMerger:
             self._open.append(_Stretch(judgement, span.part_line, None, judgement.frame.part_id))
         self._open[0].add(judgement, span)
         if span.ends_part:
-            merged.append(self._numbered(self._open.pop().judgement()))
+            merged += self._decide(self._open.pop(), time.monotonic())
         return merged
 
     def _add_to_stretches(self, judgement: Judgement, span: TileSpan, length: int) -> list[Judgement]:
@@ -100,12 +110,25 @@ class TileMerger:
             stretch.add(judgement, span)
         merged: list[Judgement] = []
         while self._open and self._open[0].ends_before(span.settled_line):
-            merged.append(self._numbered(self._open.pop(0).judgement()))
+            merged += self._decide(self._open.pop(0), time.monotonic())
         return merged
 
     def expire(self, now_s: float) -> Sequence[Judgement]:
-        """See ``Merger.expire``. Nothing ever does: a web may stand still for however long."""
-        return []
+        """See ``Merger.expire``: the stretches that are about to reach the gate. Without one a web may stand still."""
+        merged: list[Judgement] = []
+        for stretch in self._open:
+            if self._late_s(stretch, now_s) >= 0:
+                merged += self._decide(stretch, now_s)
+        return merged
+
+    def _late_s(self, stretch: _Stretch, now_s: float) -> float:
+        return -math.inf if stretch.gate_s is None else now_s - (stretch.gate_s - self._gate_reserve_s)
+
+    def _decide(self, stretch: _Stretch, now_s: float) -> list[Judgement]:
+        if stretch.decided:
+            return []
+        stretch.decided = True
+        return [self._numbered(stretch.judgement(now_s, self._late_s(stretch, now_s)))]
 
     def flush(self) -> Sequence[Judgement]:
         """See ``Merger.flush``: the last stretch ends where its last tile ends; a part that is not whole is a FAULT."""
@@ -115,7 +138,7 @@ class TileMerger:
                 stretch.miss(f"part {stretch.part_id} had not ended", unless_shown=True)
             else:
                 stretch.cut()
-            merged.append(self._numbered(stretch.judgement()))
+            merged += self._decide(stretch, time.monotonic())
         self._open.clear()
         return merged
 
@@ -150,7 +173,10 @@ class _Stretch:
         self._regions: list[Region] = []
         """In lines and columns of the web."""
         self._truths: set[Truth | None] = set()
-        self._gate_s: float | None = None
+        self.gate_s: float | None = None
+        """When it is at the gate."""
+        self.decided = False
+        """It has had its verdict."""
 
     def ends_before(self, line: int) -> bool:
         return self._end_line is not None and self._end_line <= line
@@ -166,7 +192,7 @@ class _Stretch:
         self._web_columns = span.web_columns
         self._show((span.first_column, span.columns), first_line, end_line)
         if frame.gate_s is not None:
-            self._gate_s = frame.gate_s if self._gate_s is None else min(frame.gate_s, self._gate_s)
+            self.gate_s = frame.gate_s if self.gate_s is None else min(frame.gate_s, self.gate_s)
         self._truths.add(_truth_within(frame, first_line - span.first_line, end_line - span.first_line))
         if judgement.fault is not None:
             self._fault = self._fault or (judgement.fault, judgement.detail)
@@ -213,13 +239,15 @@ class _Stretch:
             return _never_judged(self.first_line, end_line)
         return None
 
-    def judgement(self) -> Judgement:
-        """The verdict; its frame has no id yet."""
+    def judgement(self, decided_s: float, late_s: float) -> Judgement:
+        """The verdict, so many seconds too late (negative: in time); its frame has no id yet."""
         end_line = self._end_line or max(self._shown.values(), default=self.first_line)
         unshown = self._unshown(end_line)
+        if late_s >= 0 and self._fault is None:
+            self._fault = Fault.GATE_MISSED.value, _late(late_s, unshown)
         if unshown is not None:
             self.miss(unshown)
-        last, worst, decided_s = self._last, self._worst, time.monotonic()
+        last, worst = self._last, self._worst
         span = last.frame.web
         assert span is not None
         frame = dataclasses.replace(
@@ -231,7 +259,7 @@ class _Stretch:
             detail=None,
             truth=self._truth(),
             truth_mask=None,
-            gate_s=self._gate_s,
+            gate_s=self.gate_s,
             web=WebSpan(
                 first_line=self.first_line,
                 lines=end_line - self.first_line,
@@ -308,6 +336,10 @@ def _truth_within(frame: Frame, first_row: int, end_row: int) -> Truth | None:
     if frame.truth_mask is None:
         return frame.truth
     return "defect" if frame.truth_mask[first_row:end_row].any() else "good"
+
+
+def _late(late_s: float, unshown: str | None) -> str:
+    return f"it is at the gate, but {unshown}" if unshown else f"the last verdict came {late_s * 1e3:.1f} ms too late"
 
 
 def _never_judged(first_line: int, end_line: int) -> str:
