@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from recontrast_train.depthwise import depthwise_conv2d, input_gradient_stride2
 from torch.nn import functional
+
+from recontrast_train.depthwise import depthwise_conv2d, input_gradient_stride2
 
 SHAPES = [
     # channels, height, width, kernel, stride, padding

@@ -2,9 +2,9 @@
 
     y = depthwise_conv2d(x, weight, stride=(2, 2), padding=(0, 0))
 
-PyTorch hands the backward pass of depthwise convolutions to oneDNN, which in bfloat16 has no fast kernel for the input's
-gradient where the stride is 2, nor for the weights' gradient of 5x5 windows: measured, those two were three quarters of a
-training step of EfficientNet-Lite0, and are computed here in other ways that make the step twice as fast.
+PyTorch hands the backward pass of depthwise convolutions to oneDNN, which in bfloat16 has no fast kernel for the
+input's gradient where the stride is 2, nor for the weights' gradient of 5x5 windows: measured, those two were three
+quarters of a training step of EfficientNet-Lite0. Computed in other ways here, they make the step twice as fast.
 """
 
 from __future__ import annotations
