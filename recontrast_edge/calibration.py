@@ -16,17 +16,25 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from recontrast_edge.binomial import cumulative
 from recontrast_edge.datasets import Sample, combined_sha256, file_sha256
 from recontrast_edge.errors import CalibrationError, ModelError, UsageError
 from recontrast_edge.evaluation import Scorer, score_samples
+from recontrast_edge.metrics import auroc
 from recontrast_edge.onnxfile import SPEC_KEY, replace_metadata
 from recontrast_edge.plan import write_spec
-from recontrast_edge.spec import ModelSpec, Threshold
+from recontrast_edge.spec import IMAGE_DIGEST_DIGITS, ModelSpec, Threshold
+
+SHIFT_SIGNIFICANCE = 0.05
+"""Calibration images whose scores are not shifted from the training images' at this level look like those."""
+
+SHIFT_MIN_IMAGES = 20
+"""With fewer scores on either side nothing is said about a shift."""
 
 
 @dataclass(frozen=True)
@@ -146,32 +154,107 @@ class CalibrationImages:
     Attributes:
         samples: in the order given.
         n_copies: files left out because another one has the same bytes.
+        n_trained_on: files left out because the model was trained on them.
         sha256: digest over the files' digests, ``Threshold.data_sha256``.
     """
 
     samples: tuple[Sample, ...]
     n_copies: int
+    n_trained_on: int
     sha256: str
 
 
 def held_out(samples: Sequence[Sample], spec: ModelSpec) -> CalibrationImages:
-    """Leave out copies, which are no evidence, and refuse the images that the model was trained on.
+    """Leave out copies and images that the model was trained on, neither of which are evidence.
 
     Raises:
-        CalibrationError: these are the training images.
+        CalibrationError: nothing is left: these are the training images.
         InputError: a file cannot be read.
     """
     digests = [file_sha256(sample.path) for sample in samples]
-    trained_on = spec.training.data_sha256
-    if trained_on is not None and combined_sha256(digests) == trained_on:
+    trained_on = set(spec.training.image_digests)
+    new: dict[str, Sample] = {}
+    copies = 0
+    for digest, sample in zip(digests, samples, strict=True):
+        if digest[:IMAGE_DIGEST_DIGITS] not in trained_on:
+            copies += digest in new
+            new.setdefault(digest, sample)
+    # Specs of before ``image_digests`` know only all of them together.
+    if combined_sha256(digests) == spec.training.data_sha256 or not new:
         raise CalibrationError(
             "these are the images the model was trained on, whose scores are lower than those of new parts; "
             "calibrate on good images that were held out"
         )
-    unique: dict[str, Sample] = {}
-    for digest, sample in zip(digests, samples, strict=True):
-        unique.setdefault(digest, sample)
-    return CalibrationImages(tuple(unique.values()), len(digests) - len(unique), combined_sha256(unique))
+    return CalibrationImages(tuple(new.values()), copies, len(samples) - len(new) - copies, combined_sha256(new))
+
+
+@dataclass(frozen=True)
+class ScoreShift:
+    """How the calibration images' scores lie to those of training images (Mann-Whitney test).
+
+    Attributes:
+        share: pairs of a calibration and a training image in which the former scores higher, ties counting half;
+            0.5 where the scores are alike.
+        p_value: probability of such a share, or a larger one, if the images were training images; normal
+            approximation.
+    """
+
+    share: float
+    p_value: float
+
+    @property
+    def like_training(self) -> bool:
+        """Whether nothing tells these images from training images."""
+        return self.p_value > SHIFT_SIGNIFICANCE
+
+
+def score_shift(scores: ArrayLike, training_scores: ArrayLike) -> ScoreShift | None:
+    """Compare scores with those of training images; None where either are too few to tell.
+
+    Args:
+        scores: (n,) finite scores of the calibration images.
+        training_scores: (m,) finite, ``Training.good_scores``.
+    """
+    new, known = np.asarray(scores, np.float64), np.asarray(training_scores, np.float64)
+    n, m = new.size, known.size
+    if min(n, m) < SHIFT_MIN_IMAGES:
+        return None
+    share = auroc(np.concatenate([known, new]), np.arange(n + m) >= m)
+    deviation = math.sqrt((n + m + 1) / (12 * n * m))
+    return ScoreShift(share, 0.5 * math.erfc((share - 0.5) / deviation / math.sqrt(2)))
+
+
+@dataclass(frozen=True, eq=False)
+class CalibratedEngine:
+    """What ``calibrate_engine`` found.
+
+    Attributes:
+        calibration: the order statistic.
+        threshold: for the spec.
+        shift: None where the spec has no scores of training images.
+        samples: the images the threshold rests on.
+        scores: (n,) float64, in their order.
+    """
+
+    calibration: Calibration
+    threshold: Threshold
+    shift: ScoreShift | None
+    samples: tuple[Sample, ...]
+    scores: NDArray[np.float64]
+
+    def to_json(self) -> dict[str, Any]:
+        """As one JSON-able object (``docs/artifacts.md``)."""
+        return {
+            "format": "recontrast-edge.calibration",
+            "version": 1,
+            "threshold": self.threshold.model_dump(mode="json"),
+            "rank": self.calibration.rank,
+            "score_shift": None if self.shift is None else {"share": self.shift.share, "p_value": self.shift.p_value},
+            "images": [
+                {"image": f"{sample.kind}/{sample.path.name}", "kind": sample.kind, "score": float(score)}
+                for sample, score in zip(self.samples, self.scores, strict=True)
+            ],
+        }
 
 
 def calibrate_engine(
@@ -184,7 +267,7 @@ def calibrate_engine(
     max_false_reject_rate: float,
     confidence: float,
     progress: bool = False,
-) -> tuple[Calibration, Threshold]:
+) -> CalibratedEngine:
     """Score the images and derive the threshold.
 
     Args:
@@ -198,7 +281,8 @@ def calibrate_engine(
         InputError, ModelError: as ``evaluation.score_samples``.
     """
     require_images(len(images.samples), max_false_reject_rate, confidence)
-    scores = [scored.score for scored in score_samples(score, images.samples, spec, progress=progress)]
+    scored = score_samples(score, images.samples, spec, progress=progress)
+    scores = np.array([each.score for each in scored], np.float64)
     calibration = calibrate(scores, max_false_reject_rate, confidence)
     threshold = Threshold(
         value=calibration.value,
@@ -210,7 +294,8 @@ def calibrate_engine(
         engine_sha256=engine_sha256,
         method="order-statistic",
     )
-    return calibration, threshold
+    shift = score_shift(scores, spec.training.good_scores)
+    return CalibratedEngine(calibration, threshold, shift, images.samples, scores)
 
 
 def write_threshold(path: Path, spec: ModelSpec, threshold: Threshold) -> None:

@@ -20,7 +20,11 @@ from recontrast_edge.errors import ModelError
 SPEC_FORMAT: Literal["recontrast-edge.spec"] = "recontrast-edge.spec"
 SPEC_VERSION: Literal[1] = 1
 
+IMAGE_DIGEST_DIGITS = 16
+"""Hex digits of an image's SHA-256 that ``Training.image_digests`` keeps: enough that no two images share them."""
+
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+ImageDigest = Annotated[str, Field(pattern=rf"^[0-9a-f]{{{IMAGE_DIGEST_DIGITS}}}$")]
 Positive = Annotated[int, Field(gt=0, le=16384)]
 Fraction = Annotated[float, Field(gt=0.0, lt=1.0)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
@@ -82,6 +86,10 @@ class Scoring(_Frozen):
     rule: Literal["max", "top"] = "max"
     """Image score: maximum of the map, or mean of its largest ``top_fraction``."""
     top_fraction: Fraction = 0.01
+    level_weights: Annotated[tuple[Weight, ...], Field(min_length=1, max_length=8)] | None = None
+    """Factor of each level's distances in the map, finest first; None for 1 each, as in the paper."""
+    discriminator_weight: Weight | None = None
+    """Factor of the discriminator's probability in the map; None for a model without a discriminator."""
 
 
 class Threshold(_Frozen):
@@ -111,6 +119,10 @@ class Training(_Frozen):
     data: str = ""
     n_images: Annotated[int, Field(ge=0)] = 0
     data_sha256: Sha256 | None = None
+    image_digests: tuple[ImageDigest, ...] = ()
+    """The beginning of each training image's SHA-256: a threshold must not rest on these images."""
+    good_scores: Annotated[tuple[Finite, ...], Field(max_length=1000)] = ()
+    """Scores of some training images by the trained model, to compare those of calibration images with."""
     iterations: Annotated[int, Field(ge=0)] = 0
     software: dict[str, str] = Field(default_factory=dict)
 

@@ -28,6 +28,9 @@ def calibrate_command(
         0.95, metavar="C", help="Probability that the promise holds, over the choice of the images."
     ),
     value: float | None = typer.Option(None, metavar="X", help="Set this threshold by hand, without any promise."),
+    json_path: Path | None = typer.Option(
+        None, "--json", metavar="FILE", help="With --good: also write the threshold and every image's score as JSON."
+    ),
     dry_run: bool = typer.Option(False, "--dry-run", help="Only say what would be written."),
     threads: int | None = typer.Option(None, min=1, max=1024, help="CPU threads  [default: chosen by the engine]"),
 ) -> None:
@@ -37,13 +40,15 @@ def calibrate_command(
 
     if (value is None) == (good is None):
         raise UsageError("give either --good with --max-false-reject-rate, or --value")
+    if json_path is not None and good is None:
+        raise UsageError("--json writes the scores of the images of --good; with --value there are none")
     if not dry_run and engine_path(engine).resolve() == engine_path(DEMO).resolve():
         raise UsageError("the demo model is part of the installation and is not changed; add --dry-run")
     with open_engine(engine, threads=threads) as opened:
         if good is not None:
             if max_false_reject_rate is None:
                 raise UsageError("--good needs --max-false-reject-rate, for example 0.01")
-            threshold = _promise(opened, good, max_false_reject_rate, confidence)
+            threshold = _promise(opened, good, max_false_reject_rate, confidence, json_path)
         else:
             threshold = _by_hand(opened, value, max_false_reject_rate)
         path, spec = opened.path, opened.spec
@@ -55,8 +60,10 @@ def calibrate_command(
     typer.echo(f"Written into {path} ({before}).")
 
 
-def _promise(opened: Engine, good: Path, max_false_reject_rate: float, confidence: float) -> Threshold:
-    from recontrast_edge.calibration import calibrate_engine, held_out, images_needed, percent
+def _promise(
+    opened: Engine, good: Path, max_false_reject_rate: float, confidence: float, json_path: Path | None
+) -> Threshold:
+    from recontrast_edge.calibration import calibrate_engine, held_out, images_needed, percent, promise_in_words
     from recontrast_edge.datasets import GOOD, find_dataset
 
     needed_for_ten_times = images_needed(max_false_reject_rate / 10, confidence)
@@ -69,7 +76,13 @@ def _promise(opened: Engine, good: Path, max_false_reject_rate: float, confidenc
     images = held_out(dataset.train_good, opened.spec)
     if images.n_copies:
         typer.echo(f"{images.n_copies} image(s) are copies of others, byte for byte; each counts once.")
-    calibration, threshold = calibrate_engine(
+    if images.n_trained_on:
+        typer.echo(
+            f"warning: the model was trained on {images.n_trained_on} of these images. They are left out; "
+            f"{len(images.samples)} are left.",
+            err=True,
+        )
+    found = calibrate_engine(
         opened.infer,
         images,
         opened.spec,
@@ -80,17 +93,34 @@ def _promise(opened: Engine, good: Path, max_false_reject_rate: float, confidenc
         confidence=confidence,
         progress=True,
     )
+    calibration = found.calibration
     typer.echo(
         f"Threshold {calibration.value:.6g}: score number {calibration.rank} of {calibration.n_good}, from the lowest; "
-        f"a higher score is rejected.\n"
-        f"Promise: of future good parts at most {percent(max_false_reject_rate)} will be rejected. Drawing "
-        f"{calibration.n_good} images like this and calibrating gives a threshold that keeps it in at least "
-        f"{percent(confidence)} of all cases.\n"
-        "It holds for parts, light and camera like those in these images, if the images show different parts and none "
-        "was used for training.\n"
-        f"A promise ten times better ({percent(max_false_reject_rate / 10)}) needs {needed_for_ten_times} images."
+        "a higher score is rejected."
     )
-    return threshold
+    for sentence in promise_in_words(found.threshold) or ():
+        typer.echo(sentence)
+    more = needed_for_ten_times - calibration.n_good
+    typer.echo(
+        f"A promise ten times better ({percent(max_false_reject_rate / 10)}) needs {needed_for_ten_times} images"
+        + (f", {more} more than these." if more > 0 else ", no more than these.")
+    )
+    if found.shift is not None and found.shift.like_training:
+        typer.echo(
+            "warning: by their scores these images cannot be told from those the model was trained on: in "
+            f"{100 * found.shift.share:.0f} % of pairs they score higher, and 50 % is what training images would. If "
+            "they show parts it was trained on (other photographs of them, or copies), more good parts will be "
+            "rejected than promised; if they show new parts, the model treats those as well as known ones.",
+            err=True,
+        )
+    if json_path is not None:
+        import json
+
+        from recontrast_edge.images import atomic_write
+
+        with atomic_write(json_path) as file:
+            file.write((json.dumps(found.to_json(), indent=2) + "\n").encode())
+    return found.threshold
 
 
 def _by_hand(opened: Engine, value: float | None, max_false_reject_rate: float | None) -> Threshold:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,11 +14,28 @@ from hypothesis import strategies as st
 from PIL import Image as Pil
 
 from recontrast_edge.binomial import clopper_pearson, cumulative
-from recontrast_edge.calibration import best_rate, calibrate, held_out, images_needed, percent, write_threshold
-from recontrast_edge.datasets import combined_sha256, data_sha256, find_dataset
+from recontrast_edge.calibration import (
+    best_rate,
+    calibrate,
+    held_out,
+    images_needed,
+    percent,
+    score_shift,
+    write_threshold,
+)
+from recontrast_edge.datasets import combined_sha256, data_sha256, file_sha256, find_dataset
 from recontrast_edge.errors import CalibrationError, ModelError, UsageError
 from recontrast_edge.onnxfile import read_spec
 from recontrast_edge.spec import Threshold, Training
+
+
+def test_the_documented_numbers_are_those_of_the_code() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "threshold.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| ([0-9.]+) % \| (\d+) \| (\d+) \| (\d+) \|$", text, re.MULTILINE)
+    assert len(rows) == 6
+    for rate, *needed in rows:
+        expected = [images_needed(float(rate) / 100, confidence) for confidence in (0.9, 0.95, 0.99)]
+        assert [int(number) for number in needed] == expected
 
 
 @pytest.mark.parametrize(("n", "p"), [(1, 0.5), (10, 0.03), (185, 0.99), (5000, 0.999), (20000, 1e-4)])
@@ -134,6 +152,44 @@ def test_copies_count_once_and_training_images_are_refused(tmp_path: Path, tiny_
     trained = spec.model_copy(update={"training": Training(data_sha256=data_sha256(samples))})
     with pytest.raises(CalibrationError, match="trained on"):
         held_out(samples, trained)
+
+
+def test_images_that_were_trained_on_are_left_out_one_by_one(tmp_path: Path, tiny_model: Path) -> None:
+    folder = images_of(tmp_path / "good", [1, 2, 1, 3, 2, 4])
+    samples = find_dataset(folder).train_good
+    digests = tuple(file_sha256(folder / name)[:16] for name in ("0.png", "5.png"))
+    spec = read_spec(tiny_model).model_copy(update={"training": Training(image_digests=digests)})
+    images = held_out(samples, spec)
+    assert [sample.path.name for sample in images.samples] == ["1.png", "3.png"]
+    assert (images.n_trained_on, images.n_copies) == (3, 1)
+    assert images.sha256 == data_sha256(images.samples)
+    with pytest.raises(CalibrationError, match="trained on"):
+        held_out([samples[0], samples[2], samples[5]], spec)
+
+
+@given(seed=st.integers(0, 10**6), n=st.integers(20, 90), m=st.integers(20, 200), shift=st.floats(-1, 1))
+def test_score_shift_equals_scipy(seed: int, n: int, m: int, shift: float) -> None:
+    from scipy.stats import mannwhitneyu
+
+    rng = np.random.default_rng(seed)
+    new, known = rng.normal(shift, 1, n), rng.normal(0, 1, m)
+    found = score_shift(new, known)
+    assert found is not None
+    expected = mannwhitneyu(new, known, alternative="greater", method="asymptotic", use_continuity=False)
+    assert found.share == pytest.approx(expected.statistic / (n * m), abs=1e-12)
+    assert found.p_value == pytest.approx(expected.pvalue, abs=1e-9)
+
+
+def test_images_look_like_training_images_unless_they_score_higher() -> None:
+    rng = np.random.default_rng(3)
+    known = rng.normal(0, 1, 200)
+    for shift, like_training in ((0.0, True), (-1.0, True), (0.5, False)):
+        found = score_shift(rng.normal(shift, 1, 100), known)
+        assert found is not None
+        assert found.like_training is like_training, shift
+    assert score_shift(known[:19], known) is None
+    assert score_shift(known, known[:19]) is None
+    assert score_shift(known, ()) is None
 
 
 def test_a_threshold_is_written_only_into_files_that_hold_one(tmp_path: Path, tiny_model: Path) -> None:
