@@ -86,10 +86,6 @@ class Scoring(_Frozen):
     rule: Literal["max", "top"] = "max"
     """Image score: maximum of the map, or mean of its largest ``top_fraction``."""
     top_fraction: Fraction = 0.01
-    level_weights: Annotated[tuple[Weight, ...], Field(min_length=1, max_length=8)] | None = None
-    """Factor of each level's distances in the map, finest first; None for 1 each, as in the paper."""
-    discriminator_weight: Weight | None = None
-    """Factor of the discriminator's probability in the map; None for a model without a discriminator."""
 
 
 class Threshold(_Frozen):
