@@ -5,7 +5,7 @@
 https://www.kaggle.com/competitions/aptos2019-blindness-detection/data: ``train.csv`` has id_code,diagnosis; the
 competition's test set has no published grades and is not used. The split is that of Guo et al. (ReContrast, NeurIPS
 2023): of the images without retinopathy 1000, drawn by Python's generator with seed 1, to train on, the others and all
-graded 1 to 4 to test with. They also cropped each photograph to its fundus beforehand; see ``docs/datasets.md``.
+graded 1 to 4 to test with. They also cropped each photograph beforehand: ``crop_fundus``.
 """
 
 from __future__ import annotations

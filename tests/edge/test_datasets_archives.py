@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from recontrast_edge.datasets import Dataset, Sample, find_dataset, read_sample
+from recontrast_edge.datasets import Dataset, Sample, aptos, find_dataset, read_sample
+from recontrast_edge.datasets.crop_fundus import crop_fundus, main
 from recontrast_edge.errors import InputError
 from tests import archives
 
@@ -175,6 +176,46 @@ class TestAptos:
         (root / "train.csv").unlink()
         with pytest.raises(InputError, match=r"(?s)train\.csv: no such file; expected\n.*id_code,diagnosis"):
             find_dataset(root)
+
+    def test_the_fundus_is_cropped_to_a_centred_square(self) -> None:
+        photograph = np.zeros((300, 500, 3), np.uint8)
+        rows, columns = np.mgrid[:300, :500]
+        fundus = (rows - 130) ** 2 + (columns - 400) ** 2 <= 140**2
+        photograph[fundus] = (10, 90, 200)
+        photograph[5, 5] = 255
+        cropped = crop_fundus(photograph)
+        assert cropped.shape == (512, 512, 3)
+        # The fundus is cut off above and on the right, so the square is filled up with black there. Expected from
+        # the definition: 281 pixels wide or, where cut, up to the edge; centred on the centroid of what is visible.
+        centre_y, centre_x = rows[fundus].mean(), columns[fundus].mean()
+        height, width = np.ptp(rows[fundus]) + 1, np.ptp(columns[fundus]) + 1
+        side = 2 * 5 + max(height, width)
+        scale = 512 / side
+        bright = cropped[:, :, 2] > 100
+        assert bright.mean() == pytest.approx(fundus.sum() * scale**2 / 512**2, rel=0.02)
+        found_y, found_x = (indices.mean() for indices in np.nonzero(bright))
+        assert (found_y, found_x) == pytest.approx((256, 256), abs=2 * scale)
+        assert abs(centre_y - 130) > 1
+        assert abs(centre_x - 400) > 1
+        assert tuple(cropped[256, 256]) == (10, 90, 200)
+        with pytest.raises(InputError, match="it is black"):
+            crop_fundus(np.zeros((40, 60, 3), np.uint8))
+
+    def test_the_cropped_archive_is_the_same_data_set(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        monkeypatch.setattr(aptos, "N_TRAIN", 3)
+        root, out = archives.aptos(tmp_path / "aptos", n_good=5), tmp_path / "cropped"
+        assert main([str(root), str(out)]) == 0
+        assert "9 photographs cropped" in capsys.readouterr().out
+        before, after = find_dataset(root), find_dataset(out)
+        assert names(after.train_good) == names(before.train_good)
+        assert names(after.test) == names(before.test)
+        assert main([str(tmp_path), str(out)]) == 3
+        assert main([]) == 2
+        (root / "train_images" / "ff0000000001.png").write_bytes(b"")
+        assert main([str(root), str(tmp_path / "again")]) == 3
+        assert not (tmp_path / "again" / "train.csv").exists()
 
 
 def test_oct2017(tmp_path: Path) -> None:
