@@ -16,6 +16,7 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="needs the train extra")
 
+from recontrast_edge.datasets import file_sha256  # noqa: E402
 from recontrast_edge.errors import InputError, MissingError, ModelError, UsageError  # noqa: E402
 from recontrast_edge.spec import InputSpec, ModelSpec  # noqa: E402
 from recontrast_train.data import GoodImages, balanced_batches, batches, split_holdout  # noqa: E402
@@ -186,6 +187,10 @@ def test_a_whole_run(data: Path, tmp_path: Path) -> None:
     assert loaded == spec
     assert spec.class_name == "washers"
     assert spec.training.n_images == 4
+    known = {file_sha256(path)[:16] for path in (data / "train" / "good").iterdir()}
+    assert len(set(spec.training.image_digests) & known) == 4
+    assert len(spec.training.good_scores) == 4
+    assert list(spec.training.good_scores) == sorted(spec.training.good_scores)
     assert spec.threshold is None
     assert str(tmp_path) not in (out / "model.json").read_text()
     metrics = json.loads((out / "metrics.json").read_text())
