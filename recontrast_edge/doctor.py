@@ -24,6 +24,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
+from recontrast_edge.apart import NoAnswerError, answer_of
+
 PROBE_TIMEOUT_S = 60.0
 """A cold import of PyTorch from a slow disk takes half of that."""
 
@@ -355,29 +357,10 @@ def _probe_apart(name: str, timeout_s: float = PROBE_TIMEOUT_S) -> Library:
     probe = _PROBES[name]
     if probe.module is not None and find_spec(probe.module.split(".")[0]) is None:
         return Library("missing", None, {})
-    paths = os.pathsep.join(path or str(Path.cwd()) for path in sys.path)
-    environment = {**os.environ, "PYTHONPATH": paths, "PYTHONSAFEPATH": "1"}
-    version = _version(probe.distributions)
     try:
-        child = subprocess.run(
-            [sys.executable, "-m", __name__, name],
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=timeout_s,
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
-        return Library("broken", version, {}, f"does not answer within {timeout_s:g} s")
-    except OSError as error:
-        return Library("broken", version, {}, f"cannot be probed ({error.strerror or error})")
-    try:
-        # Libraries print what they like; the answer is the last line.
-        return Library(**json.loads(child.stdout.splitlines()[-1]))
-    except (ValueError, IndexError, TypeError):
-        return Library("broken", version, {}, f"the probe ended with status {child.returncode} and no answer")
+        return Library(**answer_of(__name__, name, timeout_s=timeout_s))
+    except (NoAnswerError, TypeError) as error:
+        return Library("broken", _version(probe.distributions), {}, str(error))
 
 
 # --- what can be done here ---------------------------------------------------------------------------------------

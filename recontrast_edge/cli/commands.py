@@ -12,6 +12,7 @@ MODULES = (
     "evaluate",
     "calibrate",
     "run",
+    "cameras",
     "demo",
     "bench",
     "synth",

@@ -28,6 +28,9 @@ INSTALL = (
 
 _FEATURE_ELEMENT = re.compile(r'<(?:Boolean|Command|Enumeration|Float|Integer|String|StringReg) Name="(\w+)"')
 
+_ids: dict[str, str] = {}
+"""What a camera was called -> how it was found: a search takes a second, which counts when a camera comes back."""
+
 
 def open_aravis(uri: str) -> ThreadedSource:
     """Open ``aravis:NAME?OPTIONS``; NAME is an address, a serial number or Aravis' own id, empty for the only camera.
@@ -122,19 +125,25 @@ class AravisCamera:
         return found[0].id
 
     def _opened(self, name: str) -> Any:
+        known = _ids.get(name)
         try:
-            return self._aravis.Camera.new(name)
+            camera = self._aravis.Camera.new(known or name)
+            _ids.setdefault(name, name)
+            return camera
         except self._error as error:
             if not error.matches(self._aravis.device_error_quark(), self._aravis.DeviceError.NOT_FOUND):
                 trouble = f"cannot be opened; is it in use by another program? ({error.message})"
                 raise SourceError(f"{self._what}: {trouble}") from None
-        # It knows ids and addresses, but no serial numbers.
+        if known is not None:
+            raise SourceError(f"{self._what}: the camera is not there")
+        # Aravis knows ids and addresses, but no serial numbers.
         found = find_devices()
         same = next((device.id for device in found if name == device.serial and name != device.id), None)
         if same is None:
             there = ", ".join(device.id for device in found) or "none"
             raise SourceError(f"{self._what}: no such camera; Aravis sees {there}")
-        return self._opened(same)
+        _ids[name] = same
+        return self._opened(name)
 
     def _set_lost(self, _device: Any) -> None:
         self._lost = True

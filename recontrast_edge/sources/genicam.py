@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 
 from recontrast_edge.errors import InputError, SourceError, UsageError
 from recontrast_edge.preprocess import Image
-from recontrast_edge.secrets import masked_uri
+from recontrast_edge.secrets import mask, masked_uri
 from recontrast_edge.sources.threaded import Picture, Slot, ThreadedSource
 from recontrast_edge.uri import number_option, parse_options, whole_option
 
@@ -37,7 +37,7 @@ OPEN_TIMEOUT_S = 10.0
 GRAB_TIMEOUT_S = 0.05
 """How soon a closed source, or a silent camera, is noticed."""
 
-SILENCE_S = 0.8
+SILENCE_S = 0.7
 """A camera that should deliver by itself is given up after so long without a frame, or after ``SILENCE_PERIODS``."""
 
 SILENCE_PERIODS = 5.0
@@ -620,23 +620,33 @@ def _run(what: str, options: CameraOptions, connect: Callable[[], Camera], slot:
     with closing(connect()) as camera:
         features = Features(what, camera)
         configure(features, what, options)
-        size_wh = (int(features.value("Width") or 0), int(features.value("Height") or 0))
-        silence_s = _silence_s(features, options)
         camera.start(options.buffers)
         slot.opened()
-        with _software_trigger(what, camera, options.trigger_rate_hz) as failures:
-            ids, seen = FrameIds(), False
-            last_s = time.monotonic()
-            while not slot.closing:
-                if failures:
-                    raise failures[0]
-                buffer = camera.grab(GRAB_TIMEOUT_S)
-                now_s = time.monotonic()
-                if buffer is not None:
-                    last_s, seen = now_s, True
-                    slot.put(_picture(buffer, ids, size_wh, now_s, part_id=options.part_id))
-                elif silence_s is not None and now_s - last_s > (silence_s if seen else max(silence_s, FIRST_FRAME_S)):
-                    raise SourceError(f"{what}: the camera has delivered nothing for {now_s - last_s:.1f} s")
+        try:
+            with _software_trigger(what, camera, options.trigger_rate_hz) as failures:
+                _grab(what, camera, features, options, slot, failures)
+        except SourceError as error:
+            # Now: to let go of a camera that is gone can take many seconds. A fresh one, which refers to nothing.
+            slot.end(SourceError(mask(str(error))))
+            raise
+
+
+def _grab(
+    what: str, camera: Camera, features: Features, options: CameraOptions, slot: Slot, failures: Sequence[SourceError]
+) -> None:
+    size_wh = (int(features.value("Width") or 0), int(features.value("Height") or 0))
+    silence_s = _silence_s(features, options)
+    ids, seen, last_s = FrameIds(), False, time.monotonic()
+    while not slot.closing:
+        if failures:
+            raise failures[0]
+        buffer = camera.grab(GRAB_TIMEOUT_S)
+        now_s = time.monotonic()
+        if buffer is not None:
+            seen, last_s = True, now_s
+            slot.put(_picture(buffer, ids, size_wh, now_s, part_id=options.part_id))
+        elif silence_s is not None and now_s - last_s > (silence_s if seen else max(silence_s, FIRST_FRAME_S)):
+            raise SourceError(f"{what}: the camera has delivered nothing for {now_s - last_s:.1f} s")
 
 
 def _picture(buffer: Buffer, ids: FrameIds, size_wh: tuple[int, int], captured_s: float, *, part_id: bool) -> Picture:

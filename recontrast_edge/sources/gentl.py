@@ -8,6 +8,7 @@ works, so it is asked in short turns.
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import threading
@@ -290,7 +291,10 @@ class GenTLCamera:
         """See ``Camera``."""
         with suppress(*self._errors):
             self._acquirer.destroy()
+        del self._acquirer, self._nodes
         _release(self._path)
+        # Harvesters' objects refer to each other; dozens of MB of buffers would wait for Python to look for such.
+        gc.collect()
 
 
 def _counting(core: Any, count: Callable[[], None]) -> Any:

@@ -22,6 +22,9 @@ from recontrast_edge.sources.threaded import ThreadedSource
 NO_ID = 2**64 - 1
 """What pylon says where a transport has no frame ids."""
 
+_closed: dict[str, Any] = {}
+"""Full name -> camera that was closed and may be opened again: each new one takes 46 KB that pylon never gives back."""
+
 
 def open_pylon(uri: str) -> ThreadedSource:
     """Open ``pylon:SERIAL?OPTIONS``; SERIAL may be the camera's user-defined name, or empty where there is one camera.
@@ -88,10 +91,17 @@ class PylonCamera:
         if len(matching) > 1:
             there = ", ".join(f"pylon:{info.GetSerialNumber()}" for info in matching)
             raise UsageError(f"{what}: there are several cameras; expected one of {there}")
-        self._camera: Any = None
+        self._full_name = matching[0].GetFullName()
         with self._failing("cannot be opened; is it in use by another program?"):
-            self._camera = self._pylon.InstantCamera(self._pylon.TlFactory.GetInstance().CreateDevice(matching[0]))
-            self._camera.Open()
+            self._camera = _closed.pop(self._full_name, None)
+            if self._camera is None:
+                device = self._pylon.TlFactory.GetInstance().CreateDevice(matching[0])
+                self._camera = self._pylon.InstantCamera(device)
+            try:
+                self._camera.Open()
+            except self._errors:
+                self._camera.DestroyDevice()
+                raise
         self._nodes = self._camera.GetNodeMap()
         self._tick_ns = 1.0
 
@@ -162,10 +172,15 @@ class PylonCamera:
 
     def close(self) -> None:
         """See ``Camera``."""
-        with suppress(self._errors):
+        try:
             self._camera.StopGrabbing()
-        with suppress(self._errors):
             self._camera.Close()
+            gone = self._is_lost()
+        except self._errors:
+            gone = True
+        if not gone:
+            _closed[self._full_name] = self._camera
+            return
         with suppress(self._errors):
             self._camera.DestroyDevice()
 
