@@ -44,7 +44,7 @@ def join(thread: threading.Thread, until_s: float) -> bool:
 def leave(thread: threading.Thread) -> None:
     """Wait no longer for a thread, ever."""
     _log.warning("%s does not answer and is left behind", thread.name)
-    _left.append(thread)
+    _left[:] = [known for known in _left if known.is_alive()] + [thread]
 
 
 def call_bounded(function: Callable[[], object], *, timeout_s: float, name: str) -> bool:

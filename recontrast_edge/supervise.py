@@ -45,7 +45,7 @@ CLOSE_LIMIT_S = 3.0
 """A thread that hangs in a driver's open, or in its read after a close, is left behind, and another one begins."""
 
 MAX_HANGING = 3
-"""Threads of one camera that may be left behind; then its driver is beyond help."""
+"""Threads of one camera that may hang at a time; with one more its driver is beyond help."""
 
 MAX_JUMP = 10_000
 """Frames that mode ``every`` makes FAULTs of at once; a larger jump of the ids is a broken source."""
@@ -117,7 +117,7 @@ class Camera:
 
         self._begun = threading.Event()
         self._stopping = False
-        self._hanging = 0
+        self._hanging: list[threading.Thread] = []
         self._generation = 0
         self._thread = self._new_thread()
 
@@ -243,6 +243,11 @@ class Camera:
         """False for a thread that was left behind: whatever it brings does not count any more."""
         return generation == self._generation and not self._stopping
 
+    @property
+    def _is_closing(self) -> bool:
+        """The source is being closed under its reader."""
+        return not math.isinf(self._closing_s)
+
     def _run(self, generation: int) -> None:
         try:
             while self._is_current(generation):
@@ -276,10 +281,12 @@ class Camera:
                 if self._has_enough():
                     raise EndOfStream
                 frame = source.read(READ_TIMEOUT_S)
+                if self._is_closing:
+                    raise EndOfStream
                 if frame is not None:
                     self._accept(frame, generation)
         except EndOfStream:
-            if math.isinf(self._closing_s):
+            if not self._is_closing:
                 raise
             # A source that was closed because it was STALE says that it is at its end.
             raise SourceError(self._detail or "the source was closed") from None
@@ -451,7 +458,7 @@ class Camera:
     def _close_source(self, now_s: float) -> None:
         """Close the source from yet another thread, because nobody knows how long its driver takes."""
         source = self._source
-        if source is None or not math.isinf(self._closing_s):
+        if source is None or self._is_closing:
             return
         self._closing_s = now_s
         self._closer = threading.Thread(target=_close, args=(source,), name=f"close {self._uri}", daemon=True)
@@ -460,15 +467,15 @@ class Camera:
     def _replace_thread(self) -> None:
         """Leave a thread behind that hangs in the driver, and begin another."""
         self._generation += 1
-        self._hanging += 1
+        self._hanging = [thread for thread in (*self._hanging, self._thread) if thread.is_alive()]
         leave(self._thread)
         if self._closer is not None and self._closer.is_alive():
             leave(self._closer)
         self._counters = self._all_counters(self._source)
         self._source, self._opening_s, self._closing_s = None, math.inf, math.inf
-        if self._hanging > MAX_HANGING:
+        if len(self._hanging) > MAX_HANGING:
             self.error = SourceError(
-                f"{self._uri}: its driver has hung {self._hanging} times; reconnect the camera and start again"
+                f"{self._uri}: its driver hangs on {len(self._hanging)} threads; reconnect the camera and start again"
             )
             self._capture(self._placeholder(Fault.SOURCE_FAILED.value, str(self.error)))
             self._set_state(SourceState.ENDED, Fault.SOURCE_FAILED, str(self.error))
