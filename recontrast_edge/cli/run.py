@@ -40,7 +40,8 @@ def run_command(
         typer.Option(
             metavar="URI",
             help="Where verdicts go; may be given several times: `jsonl:FILE` (`-` is standard output), "
-            "`video:FILE?fps=30`, `images:DIR?which=rejects|all`.",
+            "`video:FILE?fps=30`, `images:DIR?which=rejects`, `mqtt://HOST/TOPIC`, `webhook:https://HOST/PATH`, "
+            "`modbus://HOST/COIL`, `modbus-server://HOST`, `opcua://HOST`, `gpio:PIN`; `docs/outputs.md` tells more.",
         ),
     ] = None,
     mode: Annotated[

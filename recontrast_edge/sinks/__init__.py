@@ -6,19 +6,28 @@
 | --- | --- |
 | `jsonl:FILE` | one JSON object a frame and line; `jsonl:-` is standard output |
 | `video:FILE?fps=30` | annotated frames beside their heat maps; `.mp4`, `.mkv`, `.mov` or `.avi` |
-| `images:DIR?which=rejects` | annotated PNG, 16-bit map and JSON record of rejects, or of `all` |
+| `images:DIR?which=rejects` | annotated PNG, 16-bit map and JSON record of each |
+| `mqtt://HOST/TOPIC`, `mqtts:` | JSON to a broker |
+| `webhook:https://HOST/PATH` | JSON by HTTP POST |
+| `modbus://HOST/COIL` | a PLC's coil for each part to be rejected, and its registers |
+| `modbus-server://HOST` | registers that a PLC reads |
+| `opcua://HOST` | nodes that OPC UA clients read |
+| `gpio:PIN`, `gpiochip:CHIP/LINE` | a pulse on a pin for each part to be rejected |
+
+`docs/outputs.md` lists the options of each.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 
 from recontrast_edge.errors import UsageError
 from recontrast_edge.frame import Sink
 from recontrast_edge.secrets import check_userinfo, masked_uri
 from recontrast_edge.spec import InputSpec
-from recontrast_edge.uri import number_option, parse_options
+from recontrast_edge.uri import number_option, parse_options, whole_option
 
 Opener = Callable[[InputSpec], Sink]
 """Opens an output; takes where the engine's maps lie in the images; raises OutputError."""
@@ -58,15 +67,21 @@ def _split(uri: str) -> tuple[str, str, str]:
         )
     target, _, query = rest.partition("?")
     if not target:
-        raise UsageError(f"output {masked_uri(uri)!r}: it is not said where to, after {scheme!r}:")
+        raise UsageError(f"output {masked_uri(uri)!r}: a file, folder or host is missing after {scheme!r}:")
     return scheme, target, query
 
 
 def _jsonl(uri: str, target: str, query: str) -> Opener:
     from recontrast_edge.sinks.jsonl import JsonlSink
 
-    parse_options(f"output {uri!r}", query, ())
-    return lambda _input_spec: JsonlSink(None if target == "-" else Path(target))
+    what = f"output {uri!r}"
+    options = parse_options(what, query, () if target == "-" else ("rotate_mb", "keep"))
+    rotate_bytes = None
+    if "rotate_mb" in options:
+        rotate_bytes = round(1e6 * number_option(what, "rotate_mb", options["rotate_mb"], low=0.01, high=1e6))
+    keep = whole_option(what, "keep", options.get("keep", "5"), low=1, high=9999)
+    path = None if target == "-" else Path(target)
+    return lambda _input_spec: JsonlSink(path, rotate_bytes=rotate_bytes, keep=keep)
 
 
 def _video(uri: str, target: str, query: str) -> Opener:
@@ -130,12 +145,20 @@ def _without_spec(opener: Callable[[], Sink]) -> Opener:
 
 def _images(uri: str, target: str, query: str) -> Opener:
     from recontrast_edge.sinks.images import ImagesSink
+    from recontrast_edge.sinks.message import VERDICTS, choice_option
 
-    options = parse_options(f"output {uri!r}", query, ("which",))
-    which = options.get("which", "rejects")
-    if which not in ("rejects", "all"):
-        raise UsageError(f"output {uri!r}: which must be 'rejects' or 'all', got {which!r}")
-    return lambda input_spec: ImagesSink(Path(target), input_spec, every=which == "all")
+    what = f"output {uri!r}"
+    options = parse_options(what, query, ("which", "original", "max_gib", "max_days"))
+    verdicts = VERDICTS[choice_option(what, "which", options.get("which", "rejects"), VERDICTS)]
+    original = choice_option(what, "original", options.get("original", "no"), ("yes", "no")) == "yes"
+    max_bytes = max_age = None
+    if "max_gib" in options:
+        max_bytes = round(2**30 * number_option(what, "max_gib", options["max_gib"], low=0.001, high=1e6))
+    if "max_days" in options:
+        max_age = timedelta(days=number_option(what, "max_days", options["max_days"], low=0.001, high=36500.0))
+    return lambda input_spec: ImagesSink(
+        Path(target), input_spec, verdicts=verdicts, original=original, max_bytes=max_bytes, max_age=max_age
+    )
 
 
 _SCHEMES: dict[str, Callable[[str, str, str], Opener]] = {

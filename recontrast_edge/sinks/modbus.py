@@ -55,6 +55,8 @@ FAULT_NUMBERS: dict[str, int] = {
     Fault.ENGINE_STALLED.value: 16,
     Fault.SOURCE_FAILED.value: 17,
     Fault.INTERNAL_ERROR.value: 18,
+    Fault.VIEW_MISSING.value: 19,
+    Fault.UNKNOWN_PRODUCT.value: 20,
 }
 """Numbers in PLC programs: they never change, new codes get new ones."""
 

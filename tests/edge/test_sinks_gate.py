@@ -210,7 +210,7 @@ class TestGpio:
     @pytest.mark.parametrize(
         ("uri", "message"),
         [
-            ("gpio:", "where to"),
+            ("gpio:", "missing after"),
             ("gpio:seven", "whole number"),
             ("gpio:7?puls_ms=5", "did you mean 'pulse_ms'"),
             ("gpio:7?pulse_ms=0", "from 1 to 60000"),

@@ -11,6 +11,7 @@ import ipaddress
 import json
 import logging
 import math
+import re
 import shutil
 import socket
 import ssl
@@ -31,7 +32,7 @@ import pytest
 from recontrast_edge.errors import InputError, OutputError, UsageError
 from recontrast_edge.frame import Sink
 from recontrast_edge.secrets import mask_logs
-from recontrast_edge.sinks import open_sink, sink_opener
+from recontrast_edge.sinks import _SCHEMES, open_sink, sink_opener
 from recontrast_edge.spec import InputSpec
 from tests.edge.judgements import faulty, on_a_web, passed, rejected, state
 
@@ -866,3 +867,51 @@ class TestWebhook:
     def test_bad_uris_say_what_is_wrong(self, uri: str, message: str) -> None:
         with pytest.raises(UsageError, match=message):
             sink_opener(uri)
+
+
+# The page about outputs
+
+
+OUTPUTS = (Path(__file__).parents[2] / "docs" / "outputs.md").read_text(encoding="utf-8")
+
+
+def test_the_numbers_of_faults_are_documented() -> None:
+    from recontrast_edge.sinks.modbus import FAULT_NUMBERS, OTHER_FAULT
+    from recontrast_edge.verdict import Fault
+
+    rows = re.findall(r"^\| (\d+) \| `(\w+)` \|$", OUTPUTS, re.MULTILINE)
+    assert {code: int(number) for number, code in rows} == FAULT_NUMBERS
+    assert set(FAULT_NUMBERS) == {fault.value for fault in Fault}, "a new code gets a new number"
+    assert len(set(FAULT_NUMBERS.values())) == len(FAULT_NUMBERS)
+    assert f"| {OTHER_FAULT} | another |" in OUTPUTS
+
+
+def test_every_node_is_documented() -> None:
+    from recontrast_edge.sinks.opcua import values
+    from recontrast_edge.sinks.progress import Progress
+
+    body = OUTPUTS.partition("\n## OPC UA\n")[2].partition("\n| option |")[0]
+    named = {
+        name for line in re.findall(r"^\| (`[^|]+) \|", body, re.MULTILINE) for name in re.findall(r"`(\w+)`", line)
+    }
+    assert named == set(values(Progress())) | {"Version"}
+
+
+def test_messages_have_the_documented_fields() -> None:
+    judgement, change = (
+        json.loads(block) for block in re.findall(r"```json\n(.*?)```", OUTPUTS, re.DOTALL) if '"lost"' not in block
+    )
+    assert list(judgement) == list(rejected().record())
+    assert list(change) == list(state("STALE").record())
+
+
+@pytest.mark.parametrize("scheme", sorted(_SCHEMES))
+def test_every_scheme_and_option_is_documented(scheme: str) -> None:
+    """The names come from what is said of an option that nobody knows."""
+    rest = {"modbus": "//h/1", "mqtt": "//h/t", "mqtts": "//h/t", "gpiochip": "0/1", "webhook": "https://h/"}
+    target = rest.get(scheme, "//127.0.0.1" if scheme in ("opcua", "modbus-server") else "x.mp4")
+    with pytest.raises(UsageError, match="known: ") as caught:
+        sink_opener(f"{scheme}:{target}?qqqqqq=1")
+    known = str(caught.value).partition("known: ")[2].split(", ")
+    assert f"`{scheme}:" in OUTPUTS
+    assert not [name for name in known if name != "none" and f"`{name}`" not in OUTPUTS and f"?{name}=" not in OUTPUTS]
