@@ -53,8 +53,8 @@ class Camera(GstRtspServer.RTSPMediaFactory):
             count += 1
             return appsrc.emit("push-buffer", Gst.Buffer.new_wrapped(picture(width, height))) == Gst.FlowReturn.OK
 
-        timer = GLib.timeout_add(1000 // self.fps, push)
-        media.connect("unprepared", lambda _: GLib.source_remove(timer))
+        # Ends when nothing takes the pictures any more.
+        GLib.timeout_add(1000 // self.fps, push)
 
 
 def main():

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import http.server
+import json
+import os
 import re
 import socket
 import statistics
 import subprocess
+import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,7 +24,7 @@ import cv2
 import numpy as np
 import pytest
 
-from recontrast_edge.errors import InputError, SourceError, UsageError
+from recontrast_edge.errors import EXIT_FAULTS, InputError, SourceError, UsageError
 from recontrast_edge.frame import EndOfStream, Frame, Source
 from recontrast_edge.sources import open_source
 from recontrast_edge.sources.rtsp import _deliver
@@ -175,6 +178,66 @@ def test_close_is_prompt_although_the_server_is_silent() -> None:
         assert outcomes == ["end"]
         assert time.monotonic() - started_s < 2.3
         source.close()
+
+
+def run_line(tiny_model: Path, folder: Path, times: int) -> None:
+    """`recontrast-edge run` on a camera that is stopped, killed and started again so many times."""
+    camera = RtspCamera(user="admin", password=CANARY)
+    records, summary = folder / "records.jsonl", folder / "summary.json"
+    environment = {**os.environ, "CAMERA_LOGIN": f"admin:{CANARY}"}
+    uri = f"{camera.uri}?credentials=env:CAMERA_LOGIN"
+    command = [sys.executable, "-m", "recontrast_edge", "run", "--engine", str(tiny_model), "--source", uri]
+    output = ["--output", f"jsonl:{records}", "--summary", str(summary), "--threads", "1"]
+    camera.start()
+    try:
+        with (folder / "log").open("w") as log:
+            line = subprocess.Popen([*command, *output], stdout=log, stderr=log, env=environment)
+        wait_for(records, lambda record: record.get("verdict") in ("PASS", "REJECT"), 0, timeout_s=30)
+        for _ in range(times):
+            seen = len(records.read_bytes())
+            stop(camera)
+            stopped_s = time.monotonic()
+            wait_for(records, lambda record: record.get("state") == "STALE", seen, timeout_s=10)
+            assert time.monotonic() - stopped_s < 2.0
+            camera.kill()
+            camera.start()
+            started_s = time.monotonic()
+            seen = len(records.read_bytes())
+            wait_for(records, lambda record: record.get("verdict") in ("PASS", "REJECT"), seen, timeout_s=10)
+            assert time.monotonic() - started_s < 3.0
+        line.terminate()
+        assert line.wait(10) == EXIT_FAULTS
+    finally:
+        line.kill()
+        line.wait()
+        camera.kill()
+    counts = json.loads(summary.read_text())
+    assert counts["captured"] == counts["judged"] + counts["dropped"]
+    assert counts["cameras"][0]["reconnects"] == times
+    for path in folder.iterdir():
+        TestRefusals().assert_hidden(path.read_text())
+
+
+def wait_for(records: Path, wanted: Callable[[dict[str, Any]], bool], offset: int, *, timeout_s: float) -> None:
+    """Until a record behind an offset in the file is as wanted."""
+    give_up_s = time.monotonic() + timeout_s
+    while time.monotonic() < give_up_s:
+        written = records.read_bytes()[offset:] if records.exists() else b""
+        complete = written[: written.rfind(b"\n") + 1].splitlines()
+        if any(wanted(json.loads(record)) for record in complete):
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"no such record within {timeout_s} s; the last one is {complete[-1:]}")
+
+
+def test_a_line_goes_stale_and_runs_again(tiny_model: Path, tmp_path: Path) -> None:
+    run_line(tiny_model, tmp_path, 1)
+
+
+@pytest.mark.soak
+def test_a_line_goes_stale_and_runs_again_twenty_times(tiny_model: Path, tmp_path: Path) -> None:
+    """About two minutes."""
+    run_line(tiny_model, tmp_path, 20)
 
 
 def restart(times: int) -> None:
