@@ -83,6 +83,30 @@ def level_distances(
     return out
 
 
+def weighted(
+    distances: Sequence[NDArray[Float]], scoring: Scoring, probability: NDArray[Float] | None = None
+) -> list[NDArray[Float]]:
+    """What is folded into the map: each level's distances by their weight, then the discriminator's probability.
+
+    Args:
+        distances: (N, h_l, w_l) a level.
+        scoring: weights; a level of weight 0 is left out.
+        probability: (N, h_0, w_0) of a defect, 0..1, of a model with a discriminator, else None.
+    """
+    if (probability is None) != (scoring.discriminator_weight is None):
+        raise ValueError("expected a probability for a model with a discriminator, and for no other")
+    weights = level_weights(scoring, len(distances))
+    parts = [level * level.dtype.type(weight) for level, weight in zip(distances, weights, strict=True) if weight]
+    if probability is not None:
+        parts.append(probability * probability.dtype.type(scoring.discriminator_weight))
+    return parts
+
+
+def level_weights(scoring: Scoring, levels: int) -> tuple[float, ...]:
+    """What each level's distances count in the map, finest first."""
+    return scoring.level_weights or (1.0,) * levels
+
+
 def fold_maps(distances: Sequence[NDArray[Float]], size_wh: tuple[int, int], sigma: float) -> NDArray[Float]:
     """Upsample, add and blur the levels: ``sum_l R_l d_l C_l^T``.
 

@@ -27,6 +27,7 @@ Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 ImageDigest = Annotated[str, Field(pattern=rf"^[0-9a-f]{{{IMAGE_DIGEST_DIGITS}}}$")]
 Positive = Annotated[int, Field(gt=0, le=16384)]
 Fraction = Annotated[float, Field(gt=0.0, lt=1.0)]
+Weight = Annotated[float, Field(ge=0.0, le=1e6, allow_inf_nan=False)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
@@ -86,6 +87,10 @@ class Scoring(_Frozen):
     rule: Literal["max", "top"] = "max"
     """Image score: maximum of the map, or mean of its largest ``top_fraction``."""
     top_fraction: Fraction = 0.01
+    level_weights: Annotated[tuple[Weight, ...], Field(min_length=1, max_length=8)] | None = None
+    """Factor of each level's distances in the map, finest first; None for 1 each, as in the paper."""
+    discriminator_weight: Weight | None = None
+    """Factor of the discriminator's probability in the map; None for a model without a discriminator."""
 
 
 class Threshold(_Frozen):
@@ -143,6 +148,9 @@ class ModelSpec(_Frozen):
         strides = [level.stride for level in self.levels]
         if strides != sorted(set(strides)):
             raise ValueError(f"level strides must rise, got {strides}")
+        weights = self.scoring.level_weights
+        if weights is not None and len(weights) != len(self.levels):
+            raise ValueError(f"expected {len(self.levels)} level_weights, one a level, got {len(weights)}")
         width, height = self.input.size_wh
         # The bottleneck halves the deepest level once more.
         deepest = 2 * strides[-1]

@@ -31,7 +31,7 @@ from recontrast_export.parity import (
     read_images,
     synthetic_images,
 )
-from recontrast_export.torch_to_onnx import add_network
+from recontrast_export.torch_to_onnx import add_discriminator, add_network
 from recontrast_train.model import ReContrast
 from recontrast_train.run import HOLDOUT_FILE, load_run
 from recontrast_train.score import TorchScorer
@@ -117,8 +117,15 @@ def build_onnx(
     width, height = spec.input.size_wh
     graph = Graph("recontrast", opset=opset)
     pairs = add_network(graph, model, graph.input(INPUT_NAME, ["N", 3, height, width]))
-    if head == "map":
+    discriminator = model.discriminator
+    if head == "map" and discriminator is not None:
+        add_map_head(graph, pairs, spec, lambda levels: add_discriminator(graph, discriminator, levels))
+    elif head == "map":
         add_map_head(graph, pairs, spec)
+    elif discriminator is not None:
+        raise UsageError(
+            "a model with a discriminator can only be exported with --head map: the kernel does not run it"
+        )
     else:
         for view in range(len(pairs)):
             for level, level_spec in enumerate(spec.levels):

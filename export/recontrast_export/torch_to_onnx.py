@@ -24,6 +24,7 @@ from recontrast_edge.errors import ModelError
 from recontrast_edge.scoring import reconstruction_name, target_name
 from recontrast_export.graph import Graph, Pairs
 from recontrast_train.backbones import SameConv2d
+from recontrast_train.discriminator import Discriminator
 from recontrast_train.model import STRIDES, ReContrast
 
 
@@ -50,13 +51,27 @@ def add_network(graph: Graph, model: ReContrast, image: str) -> Pairs:
         for level, (target, reconstruction) in enumerate(levels):
             names[target] = target_name(view, level)
             names[reconstruction] = reconstruction_name(view, level)
-    translation = _Translation(graph, model, names)
-    for node in traced.nodes:
-        if node.op == "placeholder":
-            translation.values[node] = image
-        elif node.op != "output":
-            translation.translate(node)
+    _Translation(graph, model, names).run(traced, image)
     return [[(names[target], names[reconstruction]) for target, reconstruction in levels] for levels in views]
+
+
+def add_discriminator(graph: Graph, discriminator: Discriminator, levels: Sequence[str]) -> str:
+    """Add the discriminator and a sigmoid.
+
+    Args:
+        graph: to add to.
+        discriminator: in eval mode.
+        levels: names of the levels' agreements, as ``discriminator.agreements`` computes them.
+
+    Returns:
+        Name of the probability of a defect, (N, 1, h_0, w_0).
+    """
+    if discriminator.training:
+        raise ValueError("expected a discriminator in eval mode")
+    traced = _Tracer().trace(discriminator)
+    logits: Any = next(node for node in traced.nodes if node.op == "output").args[0]
+    values = _Translation(graph, discriminator, {}, prefix="discriminator/").run(traced, list(levels))
+    return graph.node("Sigmoid", [values[logits]], "discriminator/probability")
 
 
 class _Tracer(fx.Tracer):
@@ -72,12 +87,30 @@ class _Translation:
         values: name in the ONNX graph of each translated node's result; a list of names where there are several.
     """
 
-    def __init__(self, graph: Graph, model: ReContrast, names: dict[fx.Node, str]) -> None:
+    def __init__(self, graph: Graph, model: nn.Module, names: dict[fx.Node, str], *, prefix: str = "") -> None:
         self._graph = graph
+        self._prefix = prefix
         self._modules = dict(model.named_modules())
         self._value_names = names
         self._used: set[str] = set()
         self.values: dict[fx.Node, Any] = {}
+
+    def run(self, traced: fx.Graph, argument: Any) -> dict[fx.Node, Any]:
+        """Translate all nodes.
+
+        Args:
+            traced: of a module whose ``forward`` takes one argument.
+            argument: name of the value that is passed, or a list of names.
+
+        Returns:
+            ``values``.
+        """
+        for node in traced.nodes:
+            if node.op == "placeholder":
+                self.values[node] = argument
+            elif node.op != "output":
+                self.translate(node)
+        return self.values
 
     def translate(self, node: fx.Node) -> None:
         if node in self.values:
@@ -160,7 +193,7 @@ class _Translation:
             enclosing = [key for key in node.meta.get("nn_module_stack", {}) if key]
             function = node.target if isinstance(node.target, str) else node.target.__name__
             path = ".".join([*enclosing[-1:], function])
-        path = path.replace(".", "/")
+        path = self._prefix + path.replace(".", "/")
         unique, count = path, 1
         while unique in self._used:
             count += 1

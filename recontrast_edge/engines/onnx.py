@@ -28,6 +28,7 @@ from recontrast_edge.scoring import (
     level_distances,
     reconstruction_name,
     target_name,
+    weighted,
 )
 
 
@@ -37,8 +38,8 @@ class OnnxEngine:
     Args:
         path: the ``.onnx`` file, with the spec in its metadata.
         threads: CPU threads of one inference; None lets ONNX Runtime choose.
-        optimise: let ONNX Runtime rewrite the graph, which is faster. Without, it computes what is written: a reference
-            for other engines, and the only way to run some graphs with Q/DQ in half precision.
+        optimise: let ONNX Runtime rewrite the graph, which is faster. Without, it computes what is written, to the last
+            rounding: a reference for other engines.
 
     Raises:
         ModelError: missing, damaged, not a model of ours, or inputs and outputs that do not fit its spec.
@@ -62,6 +63,8 @@ class OnnxEngine:
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
+        # Quantised graphs as they are written: fusing Q/DQ around half precision gives maps that are wrong altogether.
+        options.add_session_config_entry("session.disable_quant_qdq", "1")
         if not optimise:
             options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         if threads is not None:
@@ -130,7 +133,8 @@ class OnnxEngine:
         flat = list(zip(features[0::2], features[1::2], strict=True))
         pairs = [flat[view * levels : (view + 1) * levels] for view in range(VIEWS)]
         scoring = self.spec.scoring
-        anomaly = fold_maps(level_distances(pairs), self.spec.input.size_wh, scoring.blur_sigma)
+        parts = weighted(level_distances(pairs), scoring)
+        anomaly = fold_maps(parts, self.spec.input.size_wh, scoring.blur_sigma)
         return anomaly[0], image_scores(anomaly, scoring)[0]
 
     def close(self) -> None:

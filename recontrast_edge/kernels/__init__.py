@@ -22,7 +22,7 @@ from numpy.typing import DTypeLike, NDArray
 from recontrast_edge.errors import InputError, ModelError
 from recontrast_edge.preprocess import YUV_MATRICES, Geometry, YuvStandard
 from recontrast_edge.resample import Band, antialias_matrix, fold_matrix
-from recontrast_edge.scoring import VIEWS, reconstruction_name, target_name, top_count
+from recontrast_edge.scoring import VIEWS, level_weights, reconstruction_name, target_name, top_count
 from recontrast_edge.spec import InputSpec, ModelSpec, Scoring
 
 SOURCE = "kernels.cu"
@@ -258,7 +258,12 @@ class AnomalyMapPlan:
         self.max_batch = max_batch
         self.alignment = alignment
         self.levels = _divide(levels_chw, self.dtype.itemsize, alignment, multiprocessors)
-        self.row_bands = [Band.of(fold_matrix(level.height, size_wh[1], scoring.blur_sigma)) for level in self.levels]
+        # A level's weight goes into one of its two matrices.
+        weights = level_weights(scoring, len(self.levels))
+        self.row_bands = [
+            Band.of(weight * fold_matrix(level.height, size_wh[1], scoring.blur_sigma))
+            for level, weight in zip(self.levels, weights, strict=True)
+        ]
         self.column_bands = [Band.of(fold_matrix(level.width, size_wh[0], scoring.blur_sigma)) for level in self.levels]
         constants = _Constants()
         for index, (rows, columns) in enumerate(zip(self.row_bands, self.column_bands, strict=True)):

@@ -19,6 +19,7 @@ from recontrast_edge.scoring import (
     reconstruction_name,
     target_name,
     top_count,
+    weighted,
 )
 from recontrast_edge.spec import Scoring
 from tests.kernels.host import Host
@@ -60,7 +61,7 @@ def oracle(features: Features, size_wh: tuple[int, int], scoring: Scoring) -> ND
         ]
         for view in range(VIEWS)
     ]
-    return fold_maps(level_distances(pairs), size_wh, scoring.blur_sigma)
+    return fold_maps(weighted(level_distances(pairs), scoring), size_wh, scoring.blur_sigma)
 
 
 def make_plan(features: Features, size_wh: tuple[int, int] = SIZE_WH, **changes: Any) -> AnomalyMapPlan:
@@ -101,6 +102,14 @@ def test_map_and_score_equal_the_oracle(host: Host, data: st.DataObject) -> None
     np.testing.assert_allclose(scores, exact_scores(maps, scoring), rtol=2e-6, atol=0)
     if scoring.rule == "max":
         np.testing.assert_array_equal(scores, maps.max(axis=(1, 2)))
+
+
+def test_levels_count_by_their_weights(host: Host) -> None:
+    features = make_features(LEVELS, 2, np.float16)
+    scoring = Scoring(level_weights=(0.0, 2.5, 0.4))
+    maps, _ = host.anomaly_map(features, make_plan(features, scoring=scoring))
+    assert np.abs(maps - oracle(features, SIZE_WH, scoring)).max() <= 2.5 * TIGHT
+    assert np.abs(maps - oracle(features, SIZE_WH, Scoring())).max() > 0.1
 
 
 @pytest.mark.parametrize("rule", ["max", "top"])

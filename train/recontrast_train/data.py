@@ -1,6 +1,7 @@
 """Good images as training batches, the same ones for the same seed wherever training starts.
 
-loader = make_loader(GoodImages(paths, input_spec), batches(len(paths), 16, seed=111, start=0, stop=2000))
+order = batches(len(paths), 16, seed=111, start=0, stop=2000)
+loader = make_loader(Augmentation(GoodImages(paths, input_spec), recipe), order, start=0)
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -40,7 +41,7 @@ class GoodImages(Dataset[Tensor]):
     ) -> None:
         self.paths = list(paths)
         self.categories = list(categories or [""] * len(paths))
-        self._spec = spec
+        self.spec = spec
         width, height = spec.size_wh
         fits = len(self.paths) * 3 * width * height * 4 <= CACHE_BYTES
         self._cache: dict[int, Tensor] | None = {} if cache and fits else None
@@ -54,13 +55,20 @@ class GoodImages(Dataset[Tensor]):
             return self._cache[index]
         path = self.paths[index]
         try:
-            tensor = torch.from_numpy(preprocess(read_image(path), self._spec))
+            tensor = torch.from_numpy(preprocess(read_image(path), self.spec))
         except InputError as error:
             # Reading names the file itself; a wrong ROI does not.
             raise error if str(path) in str(error) else InputError(f"{path}: {error}") from None
         if self._cache is not None:
             self._cache[index] = tensor
         return tensor
+
+
+class Draw(NamedTuple):
+    """What makes a batch: the iteration it is for, and its images' indices."""
+
+    iteration: int
+    indices: tuple[int, ...]
 
 
 def batches(count: int, size: int, *, seed: int, start: int, stop: int) -> Iterator[list[int]]:
@@ -105,9 +113,18 @@ def _shuffled(count: int, *key: int) -> NDArray[np.int64]:
     return np.random.default_rng(key).permutation(count)
 
 
-def make_loader(images: GoodImages, order: Iterator[list[int]], *, workers: int, pin: bool) -> DataLoader[Any]:
-    """Batches (N, 3, H, W) float32 in the given order, read ahead by ``workers`` processes."""
-    return DataLoader(images, batch_sampler=list(order), num_workers=workers, pin_memory=pin)
+def make_loader(
+    images: Dataset[Any], order: Iterator[list[int]], *, start: int, workers: int, pin: bool
+) -> DataLoader[Any]:
+    """What ``images`` gives for each draw, in order, read ahead by ``workers`` processes.
+
+    Args:
+        images: takes a ``Draw`` for an index.
+        order: image indices of each iteration.
+        start: the first iteration's number.
+    """
+    draws = [Draw(iteration, tuple(indices)) for iteration, indices in enumerate(order, start)]
+    return DataLoader(images, sampler=draws, batch_size=None, num_workers=workers, pin_memory=pin)
 
 
 def split_holdout(

@@ -19,7 +19,9 @@ from torch import Tensor
 
 from recontrast_edge.errors import MissingError, ModelError, RecontrastError, UsageError
 from recontrast_edge.images import atomic_write
+from recontrast_train.augmentation import Augmentation, Batch
 from recontrast_train.data import GoodImages, balanced_batches, batches, make_loader
+from recontrast_train.discriminator import discriminator_loss
 from recontrast_train.loss import mining_alpha, recontrast_loss
 from recontrast_train.model import ReContrast
 from recontrast_train.recipe import Recipe
@@ -39,9 +41,11 @@ class _State:
 
 
 def make_optimizers(model: ReContrast, recipe: Recipe) -> list[torch.optim.AdamW]:
-    """One AdamW for bottleneck, decoder and heads, one for the trained encoder."""
+    """One AdamW for bottleneck, decoder and heads, one for the trained encoder, one for a discriminator."""
     fresh = [*model.bottleneck.parameters(), *model.decoder.parameters(), *model.heads.parameters()]
-    groups = ((fresh, recipe.lr_decoder), (list(model.encoder.parameters()), recipe.lr_encoder))
+    groups = [(fresh, recipe.lr_decoder), (list(model.encoder.parameters()), recipe.lr_encoder)]
+    if model.discriminator is not None:
+        groups.append((list(model.discriminator.parameters()), recipe.lr_discriminator))
     return [
         torch.optim.AdamW(
             parameters,
@@ -120,7 +124,7 @@ def fit(
         order = balanced_batches(images.categories, recipe.batch, **span)
     else:
         order = batches(len(images), recipe.batch, **span)
-    loader = make_loader(images, order, workers=workers, pin=device.type == "cuda")
+    loader = make_loader(Augmentation(images, recipe), order, start=start, workers=workers, pin=device.type == "cuda")
     rates = [optimizer.param_groups[0]["lr"] for optimizer in make_optimizers(model, recipe)]
     cast = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(recipe.precision)
     # Reading a loss waits for the GPU, so losses are read some at a time.
@@ -131,13 +135,11 @@ def fit(
         for optimizer, rate in zip(state.optimizers, rates, strict=True):
             optimizer.param_groups[0]["lr"] = rate * (recipe.lr_drop_factor if dropped else 1.0)
             optimizer.zero_grad(set_to_none=True)
-        batch = batch.to(device=device, memory_format=layout, non_blocking=True)
+        batch = _to_device(batch, device, layout)
         alpha = mining_alpha(
             iteration, recipe.iterations, start=recipe.alpha_start, end=recipe.alpha_end, ramp=recipe.alpha_ramp
         )
-        with torch.autocast(device.type, dtype=cast, enabled=cast is not None):
-            pairs = model(batch)
-        loss = recontrast_loss(pairs, alpha)
+        loss = _loss(model, batch, alpha, torch.autocast(device.type, dtype=cast, enabled=cast is not None))
         state.scaler.scale(loss).backward()
         for optimizer in state.optimizers:
             state.scaler.step(optimizer)
@@ -156,6 +158,26 @@ def fit(
         if stop:
             raise TrainingStoppedError(f"stopped after {done} of {recipe.iterations} iterations")
     return state.losses
+
+
+def _to_device(batch: Batch, device: torch.device, layout: torch.memory_format) -> Batch:
+    clean = batch.clean.to(device=device, memory_format=layout, non_blocking=True)
+    if batch.altered is None or batch.masks is None:
+        return Batch(clean, None, None)
+    altered = batch.altered.to(device=device, memory_format=layout, non_blocking=True)
+    return Batch(clean, altered, batch.masks.to(device, non_blocking=True))
+
+
+def _loss(model: ReContrast, batch: Batch, alpha: float, autocast: torch.autocast) -> Tensor:
+    if batch.altered is None or batch.masks is None:
+        with autocast:
+            pairs = model(batch.clean)
+        return recontrast_loss(pairs, alpha)
+    with autocast:
+        denoised = model.denoise(batch.clean, batch.altered)
+        logits = None if model.discriminator is None else model.discriminate(denoised.seen)
+    loss = recontrast_loss(denoised.pairs, alpha)
+    return loss if logits is None else loss + discriminator_loss(logits, batch.masks)
 
 
 def _read_losses(unread: list[Tensor], losses: list[float]) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from recontrast_train.model import Pairs
+from recontrast_train.discriminator import Pairs
 
 
 def mining_alpha(iteration: int, iterations: int, *, start: float = -3.0, end: float = 1.0, ramp: float = 0.1) -> float:
@@ -47,7 +47,8 @@ def pair_loss(target: Tensor, reconstruction: Tensor, alpha: float) -> Tensor:
         Scalar.
     """
     target = target.detach().float()
-    reconstruction = reconstruction.float()
+    # A view, because a hook on the tensor itself would mask what flows into it from elsewhere too.
+    reconstruction = reconstruction.float().view_as(reconstruction)
     if reconstruction.requires_grad:
         easy = easy_positions(target, reconstruction, alpha)
         reconstruction.register_hook(lambda gradient: gradient.masked_fill(easy, 0.0))

@@ -10,17 +10,15 @@ Bottleneck and decoder follow reverse distillation (Deng and Li, CVPR 2022): mul
 from __future__ import annotations
 
 import copy
-from typing import Literal, cast
+from typing import Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from recontrast_train.backbones import BACKBONES, BasicBlock, Block, backbone, make_stage
+from recontrast_train.discriminator import Discriminator, Pairs, agreements
 
 STRIDES = (4, 8, 16)
-
-Pairs = list[list[tuple[Tensor, Tensor]]]
-"""``pairs[view][level]`` is (target, reconstruction), each (N, C_l, h_l, w_l). View 0: frozen features as targets."""
 
 
 class _UpBasicBlock(nn.Module):
@@ -124,17 +122,36 @@ class Decoder(nn.Module):
         return levels
 
 
+class Denoised(NamedTuple):
+    """What training on altered images compares.
+
+    Attributes:
+        pairs: the clean images' features, and what was reconstructed from the altered ones'.
+        seen: the altered images' own features, and the same reconstructions.
+    """
+
+    pairs: Pairs
+    seen: Pairs
+
+
 class ReContrast(nn.Module):
     """The whole network.
+
+    Pairs are ``pairs[view][level]``, each (target, reconstruction) of shape (N, C_l, h_l, w_l). In view 0 the targets
+    are the frozen encoder's features, reconstructed from the trained encoder's by head set 0; in view 1 the other way
+    round, by head set 1. Each head set runs on its own half of the batch only.
 
     Args:
         backbone_name: a key of ``BACKBONES``. Both encoders start from the same initialisation; load weights with
             ``load_encoder_weights``.
+        discriminator: with one, see ``discriminator.py``.
 
     ``train()`` leaves the frozen encoder in eval mode, and the trained one too where ``encoder_bn`` is ``eval``.
     """
 
-    def __init__(self, backbone_name: str, *, encoder_bn: Literal["train", "eval"] = "train") -> None:
+    def __init__(
+        self, backbone_name: str, *, encoder_bn: Literal["train", "eval"] = "train", discriminator: bool = False
+    ) -> None:
         super().__init__()
         entry = backbone(backbone_name)
         self.backbone_name = backbone_name
@@ -157,6 +174,8 @@ class ReContrast(nn.Module):
         self._initialise()
         self.frozen = copy.deepcopy(self.encoder)
         self.frozen.requires_grad_(False)
+        # Last, so that the rest begins with the same weights with it as without it.
+        self.discriminator = Discriminator(entry.channels) if discriminator else None
         self.train()
 
     def _initialise(self) -> None:
@@ -187,24 +206,51 @@ class ReContrast(nn.Module):
         return self
 
     def forward(self, images: Tensor) -> Pairs:
-        """Both views.
+        """Pairs of the images, (N, 3, H, W), normalised; H and W multiples of 32."""
+        trained, frozen = self._features(images)
+        reconstructions = self._reconstruct(trained, frozen)
+        return _paired((frozen, trained), reconstructions)
+
+    def denoise(self, clean: Tensor, altered: Tensor) -> Denoised:
+        """Reconstruct the features of clean images from those of altered ones, as in DRAEM and RD++.
 
         Args:
-            images: (N, 3, H, W), normalised; H and W multiples of 32.
-
-        Returns:
-            ``pairs[0]``: frozen features, reconstructed from the trained encoder's by head set 0.
-            ``pairs[1]``: trained features, reconstructed from the frozen encoder's by head set 1.
-            Each head set runs on its own half of the batch only.
+            clean: (N, 3, H, W), normalised.
+            altered: (M, 3, H, W), the first M of them with pseudo-defects; the others are seen as they are.
         """
+        count = len(altered)
+        trained, frozen = self._features(torch.cat([altered, clean]))
+        seen = [[torch.cat([level[:count], level[2 * count :]]) for level in levels] for levels in (trained, frozen)]
+        wanted = [[level[count:] for level in levels] for levels in (trained, frozen)]
+        reconstructions = self._reconstruct(*seen)
+        return Denoised(
+            _paired((wanted[1], wanted[0]), reconstructions),
+            _paired((seen[1], seen[0]), reconstructions),
+        )
+
+    def _features(self, images: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         trained = self.encoder(images)
         with torch.no_grad():
             frozen = self.frozen(images)
+        return trained, frozen
+
+    def _reconstruct(self, trained: list[Tensor], frozen: list[Tensor]) -> list[list[Tensor]]:
+        """Frozen features from the trained ones, then trained features from the frozen ones."""
         both = [torch.cat(pair, dim=0) for pair in zip(trained, frozen, strict=True)]
         trunk = self.decoder(self.bottleneck(both))
         halves = [level.chunk(2, dim=0) for level in trunk]
-        targets = (frozen, trained)
         return [
-            [(targets[view][level], head(halves[level][view])) for level, head in enumerate(cast(nn.ModuleList, heads))]
+            [head(halves[level][view]) for level, head in enumerate(cast(nn.ModuleList, heads))]
             for view, heads in enumerate(self.heads)
         ]
+
+    def discriminate(self, pairs: Pairs) -> Tensor:
+        """(N, 1, H / 4, W / 4) float32 logits of a defect; only with a discriminator."""
+        if self.discriminator is None:
+            raise ValueError("this model has no discriminator")
+        logits: Tensor = self.discriminator(agreements(pairs))
+        return logits.float()
+
+
+def _paired(targets: tuple[list[Tensor], list[Tensor]], reconstructions: list[list[Tensor]]) -> Pairs:
+    return [list(zip(*view, strict=True)) for view in zip(targets, reconstructions, strict=True)]

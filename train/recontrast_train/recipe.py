@@ -28,6 +28,7 @@ else:
 Rate = Annotated[float, Field(gt=0.0, le=1.0)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Count = Annotated[int, Field(gt=0, le=10_000_000)]
+Weight = Annotated[float, Field(ge=0.0, le=1e6)]
 Side = Annotated[int, Field(ge=32, le=8192)]
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -67,6 +68,27 @@ class Recipe(BaseModel):
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Autocast of forward and backward pass; loss and weights stay float32. ``fp16`` needs a GPU."""
     channels_last: bool = True
+    mirror_x: bool = False
+    """Variations of the good images, for products that vary so: mirrored left to right, half of the time."""
+    mirror_y: bool = False
+    """Mirrored top to bottom."""
+    shift: Annotated[float, Field(ge=0.0, le=0.5)] = 0.0
+    """Moved by up to this share of the image along each axis; what comes in is reflected."""
+    stretch: Annotated[float, Field(ge=0.0, le=0.7)] = 0.0
+    """Stretched along each axis by a factor of up to ``exp(stretch)``, or shrunk by as much."""
+    exposure_stops: Annotated[float, Field(ge=0.0, le=4.0)] = 0.0
+    """Brighter or darker by a factor of up to ``2 ** exposure_stops``."""
+    pseudo_defects: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
+    """Share of a batch that is seen with pseudo-defects, while the good image's features are to be reconstructed."""
+    discriminator: bool = False
+    """Also learn to see pseudo-defects in the agreement of features and reconstruction; needs ``pseudo_defects``."""
+    lr_discriminator: Rate = 1e-3
+    level_weights: tuple[Weight, Weight, Weight] = (1.0, 1.0, 1.0)
+    """What each level's distances count in the map, finest first."""
+    standardise_levels: bool = False
+    """Divide each level's distances by their standard deviation over the good training images first."""
+    discriminator_weight: Weight = 12.0
+    """What the discriminator's probability counts in the map; 1 is one standard deviation of a standardised level."""
     unified: bool = False
     """One model for all categories of a data set, instead of one model each."""
     class_balanced: bool = False
@@ -81,6 +103,10 @@ class Recipe(BaseModel):
         resize = self.resize_wh
         if resize is not None and (resize[0] < self.size_wh[0] or resize[1] < self.size_wh[1]):
             raise ValueError(f"resize_wh {resize} is smaller than size_wh {self.size_wh}")
+        if self.discriminator and not self.pseudo_defects:
+            raise ValueError("a discriminator learns from pseudo_defects; give a share of them, such as 0.5")
+        if not any((*self.level_weights, self.discriminator and self.discriminator_weight)):
+            raise ValueError("level_weights are all 0, so the map would be empty")
         if self.class_balanced and not self.unified:
             raise ValueError("class_balanced is for unified training, where a batch mixes categories")
         return self

@@ -61,7 +61,7 @@ def load_run(folder: Path) -> tuple[ReContrast, ModelSpec]:
         raise ModelError(
             f"{weights_path}: these are not the weights that {spec_path} describes (SHA-256 differs); train again"
         )
-    model = ReContrast(spec.backbone)
+    model = ReContrast(spec.backbone, discriminator=spec.scoring.discriminator_weight is not None)
     try:
         model.load_state_dict(load_tensors(weights))
     except (safetensors.SafetensorError, RuntimeError) as error:

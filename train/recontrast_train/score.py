@@ -11,13 +11,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from recontrast_edge.datasets import Sample, file_sha256
 from recontrast_edge.engines import Inference
 from recontrast_edge.evaluation import score_samples
 from recontrast_edge.preprocess import Image, preprocess
-from recontrast_edge.scoring import fold_maps, image_scores, level_distances
+from recontrast_edge.scoring import fold_maps, image_scores, level_distances, weighted
 from recontrast_edge.spec import IMAGE_DIGEST_DIGITS, ModelSpec
+from recontrast_train.data import GoodImages
 from recontrast_train.model import ReContrast
 
 TRAINING_SCORES = 200
@@ -44,12 +46,37 @@ class TorchScorer:
         prepared = time.perf_counter()
         with torch.inference_mode():
             pairs = self._model(tensor.to(self._device))
+            probability = None
+            if self._model.discriminator is not None:
+                probability = torch.sigmoid(self._model.discriminate(pairs))[:, 0].cpu().numpy()
         arrays = [[(a.cpu().numpy(), b.cpu().numpy()) for a, b in view] for view in pairs]
         scoring = self._spec.scoring
-        maps = fold_maps(level_distances(arrays), self._spec.input.size_wh, scoring.blur_sigma)
+        parts = weighted(level_distances(arrays), scoring, probability)
+        maps = fold_maps(parts, self._spec.input.size_wh, scoring.blur_sigma)
         scores = image_scores(maps, scoring)
         stages = {"preprocess": (prepared - start) * 1e3, "infer": (time.perf_counter() - prepared) * 1e3}
         return Inference(maps, scores, stages)
+
+
+def level_spreads(model: ReContrast, images: GoodImages) -> tuple[float, ...]:
+    """Standard deviation of each level's distances, the views added, over positions of good images.
+
+    Args:
+        model: put in eval mode here.
+        images: the training images; at most ``TRAINING_SCORES`` are used, spread over them.
+    """
+    model.eval()
+    device = next(model.parameters()).device
+    chosen = np.linspace(0, len(images) - 1, min(len(images), TRAINING_SCORES)).round().astype(int)
+    values: list[list[NDArray[np.float32]]] = [[] for _ in model.channels]
+    for index in chosen:
+        with torch.inference_mode():
+            pairs = model(images[int(index)][None].to(device))
+        arrays = [[(a.cpu().numpy(), b.cpu().numpy()) for a, b in view] for view in pairs]
+        for level, distances in enumerate(level_distances(arrays)):
+            values[level].append(distances.ravel())
+    # A level without any spread would be divided by nothing.
+    return tuple(max(float(np.concatenate(level).std(dtype=np.float64)), 1e-6) for level in values)
 
 
 def with_training_images(spec: ModelSpec, model: ReContrast, paths: Sequence[Path]) -> ModelSpec:

@@ -37,7 +37,7 @@ from recontrast_train.model import STRIDES, ReContrast
 from recontrast_train.recipe import Recipe, load_recipe
 from recontrast_train.report import write_loss_curve, write_report
 from recontrast_train.run import HOLDOUT_FILE, load_run, save_run, weights_bytes
-from recontrast_train.score import TorchScorer, with_training_images
+from recontrast_train.score import TorchScorer, level_spreads, with_training_images
 
 CHECKPOINT_FILE = "checkpoint.safetensors"
 LOSS_FILE = "loss.csv"
@@ -207,7 +207,7 @@ def _fit(
         roi=recipe.roi,
     )
     torch.manual_seed(recipe.seed)
-    model = ReContrast(recipe.backbone, encoder_bn=recipe.encoder_bn)
+    model = ReContrast(recipe.backbone, encoder_bn=recipe.encoder_bn, discriminator=recipe.discriminator)
     weights_digest = model.load_encoder_weights(options.weights)
     resolved = {**_resolved(options, recipe), "initial_weights": weights_digest}
     fingerprint = hashlib.sha256(json.dumps([resolved, training.sha256], sort_keys=True).encode()).hexdigest()
@@ -250,7 +250,13 @@ def _fit(
         backbone=recipe.backbone,
         input=input_spec,
         levels=tuple(Level(stride=s, channels=c) for s, c in zip(STRIDES, entry.channels, strict=True)),
-        scoring=Scoring(blur_sigma=recipe.blur_sigma, rule=recipe.score_rule, top_fraction=recipe.top_fraction),
+        scoring=Scoring(
+            blur_sigma=recipe.blur_sigma,
+            rule=recipe.score_rule,
+            top_fraction=recipe.top_fraction,
+            level_weights=_level_weights(model, images, recipe),
+            discriminator_weight=recipe.discriminator_weight if recipe.discriminator else None,
+        ),
         weights_sha256=hashlib.sha256(weights).hexdigest(),
         training=Training(
             recipe=resolved,
@@ -272,6 +278,13 @@ def _fit(
     save_run(options.out, weights, spec)
     checkpoint.unlink(missing_ok=True)
     return spec
+
+
+def _level_weights(model: ReContrast, images: GoodImages, recipe: Recipe) -> tuple[float, ...] | None:
+    if not recipe.standardise_levels:
+        return None if set(recipe.level_weights) == {1.0} else recipe.level_weights
+    spreads = level_spreads(model, images)
+    return tuple(float(weight / spread) for weight, spread in zip(recipe.level_weights, spreads, strict=True))
 
 
 def _write_losses(out: Path, losses: list[float]) -> None:
