@@ -9,7 +9,7 @@ import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 
@@ -17,9 +17,12 @@ import cv2
 import numpy as np
 import pytest
 
+from recontrast_edge.camera_plan import Retry
+from recontrast_edge.engines import open_engine
 from recontrast_edge.errors import InputError, SourceError, UsageError
 from recontrast_edge.frame import EndOfStream, Frame, Source
 from recontrast_edge.sources import open_source, watch
+from tests.edge.fakes_line import FakeSink, run
 from tests.edge.leaks import assert_reopening_leaves_nothing
 
 
@@ -261,6 +264,34 @@ def test_a_folder_that_goes_away_is_an_error_and_works_again_when_opened_anew(fo
         folder.mkdir()
         with pytest.raises(SourceError, match="another folder"):
             source.read(1.0)
+
+
+def test_a_line_waits_for_a_folder_that_went_away(folder: Path, tiny_model: Path) -> None:
+    sink, stop = FakeSink(), threading.Event()
+
+    def until(condition: Callable[[], bool]) -> None:
+        give_up_s = time.monotonic() + 10
+        while not condition() and time.monotonic() < give_up_s:
+            time.sleep(0.01)
+
+    def scenario() -> None:
+        write(folder / "1.png", 1)
+        until(lambda: len(sink.taken) == 1)
+        shutil.rmtree(folder)
+        until(lambda: "source_failed" in sink.faults)
+        folder.mkdir()
+        write(folder / "2.png", 200)
+        until(lambda: sink.taken[-1].verdict == "REJECT")
+        stop.set()
+
+    writer = threading.Thread(target=scenario)
+    writer.start()
+    with open_engine(tiny_model, threads=1) as engine:
+        uri = f"watch:{folder}?settle_s=0.02&existing=first"
+        line = run(engine, lambda: open_source(uri), sink, stop=stop, retry=Retry(first_s=0.01, longest_s=0.02))
+    writer.join()
+    assert (line.stopped_by, line.errors) == ("signal", [])
+    assert [judgement.verdict for judgement in sink.taken if judgement.fault is None] == ["PASS", "REJECT"]
 
 
 @pytest.fixture
