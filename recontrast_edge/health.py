@@ -20,7 +20,7 @@ SAMPLE_SIDE = 128
 """Black, overexposed and changed pixels are looked for on a grid of about this many rows and columns."""
 
 STALE_PERIODS = 5
-STALE_RANGE_S = (0.25, 1.0)
+STALE_RANGE_S = (0.5, 1.0)
 """No frame for so many periods is too long, but never sooner or later than this, unless somebody says so."""
 
 PERIOD_FRAMES = 32
@@ -36,7 +36,7 @@ class Watch:
     """What makes a camera one that cannot be trusted. 0 turns a check off.
 
     Attributes:
-        stale_after_s: seconds without a frame; None is five frame periods, from 0.25 s to 1 s.
+        stale_after_s: seconds without a frame; None is five frame periods, from 0.5 s to 1 s.
         rate_hz: frames a second that the camera should deliver; None: whatever it delivers is right.
         rate_tolerance: how far the rate may be off, as a share of it.
         frozen_after: equal pictures in a row. A sensor's noise makes every picture another one; a source without noise

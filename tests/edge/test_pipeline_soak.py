@@ -95,7 +95,7 @@ def test_every_skips_nothing_and_makes_faults_beyond_the_bound(engine, duration_
 class Mortal(FakeSource):
     """A camera at 50 frames a second that dies after a time: it breaks, or falls silent."""
 
-    def __init__(self, ids: Iterator[int], lifetime_s: float, *, silent: bool) -> None:
+    def __init__(self, lifetime_s: float, *, silent: bool) -> None:
         self._dies_s = time.monotonic() + lifetime_s
         self._silent = silent
         super().__init__((self._frame(index) for index in itertools.count()), live=True, interval_s=0.02)
@@ -117,16 +117,16 @@ class Mortal(FakeSource):
 
 def soak(engine: Engine, folder: Path, duration_s: float, sample: Callable[[], None]) -> Line:
     """Run a line whose camera dies so many times, with outputs, and look at the process from time to time."""
-    lifetime_s, ids = duration_s / (DEATHS + 1), itertools.count()
+    # Less what it takes to notice a silence and to open the camera again.
+    lifetime_s = max(duration_s / (DEATHS + 2) - 3.0, 0.5)
     stop, started_s = threading.Event(), time.monotonic()
     deaths = itertools.count()
 
     def open_mortal() -> Source:
-        return Mortal(ids, lifetime_s, silent=next(deaths) % 2 == 0)
+        return Mortal(lifetime_s, silent=next(deaths) % 2 == 0)
 
     plan = CameraPlan("mortal", open_mortal, Product(engine, THRESHOLD), gate_delay_s=1.0, retry=Retry())
-    sinks = [open_sink(f"jsonl:{folder / 'records.jsonl'}", input_spec=engine.spec.input), FakeSink(delay_s=0.0)]
-    sinks[1].taken = _Forgetting()  # type: ignore[attr-defined]
+    sinks = [open_sink(f"jsonl:{folder / 'records.jsonl'}", input_spec=engine.spec.input)]
 
     def look() -> None:
         while not stop.wait(duration_s / 200):
@@ -140,11 +140,6 @@ def soak(engine: Engine, folder: Path, duration_s: float, sample: Callable[[], N
     line.run(sinks)
     watcher.join()
     return line
-
-
-class _Forgetting(list):  # type: ignore[type-arg]
-    def append(self, item: object) -> None:
-        pass
 
 
 def resident_bytes() -> int:
@@ -166,10 +161,9 @@ def test_memory_files_and_threads_stay_as_they_are(engine, tmp_path: Path, durat
     check_accounts(line)
     assert not threads_of_a_line()
     camera = line.summary()["cameras"][0]
-    assert camera["reconnects"] >= DEATHS - 2
+    assert camera["reconnects"] >= DEATHS
     assert line.errors == []
-    # A silence lasts until it is noticed and the camera was opened again.
-    assert line.statistics.verdicts["PASS"] > 0.5 * duration_s * 50 * 0.7
+    assert line.statistics.verdicts["PASS"] > 5 * duration_s
     warm = np.array(samples[len(samples) // 5 :], dtype=np.float64)
     seconds, resident = warm[:, 0] - warm[0, 0], warm[:, 1]
     slope = float(np.polyfit(seconds, resident, 1)[0]) * 3600

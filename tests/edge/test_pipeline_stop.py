@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import signal
+import struct
 import subprocess
 import sys
 import threading
@@ -185,3 +188,98 @@ def test_a_stop_does_not_wait_for_a_long_queue(engine) -> None:
     assert time.monotonic() - started_s < 0.5 + DOWN_WITHIN_S
     assert line.statistics.dropped > 0
     assert sink.ids == list(range(len(sink.ids)))
+
+
+WALL_CLOCK_SHIM = r"""
+#define _GNU_SOURCE
+#include <fcntl.h>
+#include <stdlib.h>
+#include <sys/mman.h>
+#include <sys/syscall.h>
+#include <sys/time.h>
+#include <time.h>
+#include <unistd.h>
+
+static volatile long *offset_s;
+
+__attribute__((constructor)) static void map_offset(void) {
+    int file = open(getenv("WALL_CLOCK_OFFSET"), O_RDONLY);
+    if (file >= 0) offset_s = mmap(0, sizeof(long), PROT_READ, MAP_SHARED, file, 0);
+}
+
+int clock_gettime(clockid_t clock, struct timespec *now) {
+    long result = syscall(SYS_clock_gettime, clock, now);
+    if (!result && offset_s && (clock == CLOCK_REALTIME || clock == CLOCK_REALTIME_COARSE)) now->tv_sec += *offset_s;
+    return result;
+}
+
+int gettimeofday(struct timeval *now, void *zone) {
+    struct timespec precise;
+    (void)zone;
+    int result = clock_gettime(CLOCK_REALTIME, &precise);
+    now->tv_sec = precise.tv_sec;
+    now->tv_usec = precise.tv_nsec / 1000;
+    return result;
+}
+
+time_t time(time_t *where) {
+    struct timespec precise;
+    clock_gettime(CLOCK_REALTIME, &precise);
+    if (where) *where = precise.tv_sec;
+    return precise.tv_sec;
+}
+"""
+"""Moves the wall clock of one process, and no other clock, by the number in a file."""
+
+RUN_WITH_THE_TIME = """
+import sys, time
+from recontrast_edge import cli
+print(time.time(), file=sys.stderr, flush=True)
+try:
+    cli.main()
+finally:
+    print(time.time(), file=sys.stderr, flush=True)
+"""
+
+
+def test_the_wall_clock_may_be_set_under_a_running_line(tiny_model: Path, tmp_path: Path) -> None:
+    """By an hour forward, and then by two back."""
+    compiler = shutil.which("cc") or shutil.which("gcc")
+    if sys.platform != "linux" or compiler is None:
+        pytest.skip("needs Linux and a C compiler, to move the wall clock of a process")
+    (tmp_path / "shim.c").write_text(WALL_CLOCK_SHIM)
+    shim = tmp_path / "shim.so"
+    subprocess.run([compiler, "-shared", "-fPIC", "-O1", "-o", shim, tmp_path / "shim.c"], check=True)
+    offset, records = tmp_path / "offset", tmp_path / "records.jsonl"
+    offset.write_bytes(bytes(8))
+    environment = {**os.environ, "LD_PRELOAD": str(shim), "WALL_CLOCK_OFFSET": str(offset)}
+    command = [sys.executable, "-c", RUN_WITH_THE_TIME, "run", "--engine", str(tiny_model), "--quiet"]
+    command += ["--source", "synthetic://mixed?fps=5&size=64x64&frames=20", "--summary", f"{tmp_path}/summary.json"]
+    command += ["--threshold", "1.0", "--output", f"jsonl:{records}"]
+    line = subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        until_s = time.monotonic() + 60
+        while not (records.exists() and records.stat().st_size) and time.monotonic() < until_s:
+            time.sleep(0.02)
+        for offset_s in (3600, -3600):
+            time.sleep(1.0)
+            with offset.open("r+b") as file:
+                file.write(struct.pack("l", offset_s))
+        _, stderr = line.communicate(timeout=60)
+    finally:
+        line.kill()
+        line.wait()
+    assert line.returncode == 0, stderr
+    began, ended = (float(text) for text in stderr.split())
+    assert ended < began - 3000, "the clock was not set: the test proves nothing"
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    (camera,) = summary["cameras"]
+    assert (camera["reconnects"], summary["faults"]) == (0, {})
+    assert 2 < summary["duration_s"] < 60
+    for stage in summary["latency_ms"].values():
+        assert 0 <= stage["p50"] <= stage["max"] < 5000
+    judged = [record for record in map(json.loads, records.read_text().splitlines()) if "verdict" in record]
+    assert len(judged) == summary["judged"] > 10
+    assert min(min(record["latency_ms"].values()) for record in judged) >= 0
