@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 import threading
 import time
@@ -164,8 +165,23 @@ class TestCsi:
             "! nvvidconv flip-method=2 ! video/x-raw,format=NV12"
         )
 
+    def test_every_property_is_one_that_the_element_has(self) -> None:
+        """As `gst-inspect-1.0` lists them on a Jetson."""
+        known = {
+            "nvarguscamerasrc": {
+                *("sensor-id", "sensor-mode", "exposuretimerange", "gainrange", "ispdigitalgainrange", "aelock"),
+                *("awblock", "bufapi-version", "ee-mode", "wbmode", "tnr-mode", "timeout", "num-buffers"),
+            },
+            "nvvidconv": {"flip-method", "bl-output", "interpolation-method", "left", "right", "top", "bottom"},
+        }
+        text = csi_pipeline("csi:1?sensor_mode=3&flip=2&exposure_us=500.5&gain=2.5")
+        for element in text.split(" ! "):
+            name, *properties = shlex.split(element)
+            if not name.startswith("video/"):
+                assert {item.partition("=")[0] for item in properties} <= known[name]
+
     @pytest.mark.usefixtures("gi")
-    def test_the_pipeline_is_well_formed(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_the_pipeline_is_well_formed(self) -> None:
         """With elements that exist everywhere in the place of NVIDIA's, which take the same properties' syntax."""
         text = csi_pipeline("csi:0?size=320x240&fps=30&flip=2")
         text = text.replace("nvarguscamerasrc sensor-id=0", "videotestsrc is-live=true").replace("(memory:NVMM)", "")
