@@ -93,14 +93,15 @@ class Browser:
             os.close(self._read)
         self._profile.cleanup()
 
-    def visit(self, url: str, *, width: int, height: int = 900) -> Page:
-        """Load a page in a window of that size, in CSS pixels, and look at it."""
+    def visit(self, url: str, *, width: int, height: int = 900, media: str = "screen") -> Page:
+        """Load a page in a window of that size, in CSS pixels, and look at it; as printed with ``media="print"``."""
         target = self._call("Target.createTarget", url="about:blank")["targetId"]
         session = self._call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         for domain in ("Page", "Runtime", "Network", "Log"):
             self._call(f"{domain}.enable", session)
         metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
         self._call("Emulation.setDeviceMetricsOverride", session, **metrics)
+        self._call("Emulation.setEmulatedMedia", session, media=media)
         self._events.clear()
         self._call("Page.navigate", session, url=url)
         while not any(event["method"] == "Page.loadEventFired" for event in self._events):

@@ -215,8 +215,9 @@ def test_in_a_browser(evaluation: Evaluation, tmp_path: Path) -> None:
     path = tmp_path / "report.html"
     write_report(path, evaluation, PROVENANCE)
     with Browser(program) as browser:
-        for width in (1280, 390):
-            page = browser.visit(path.as_uri(), width=width)
+        # The last one is a sheet of A4 inside its margins.
+        for width, media in ((1280, "screen"), (390, "screen"), (688, "print")):
+            page = browser.visit(path.as_uri(), width=width, media=media)
             assert page.requests == [path.as_uri()]
             assert page.problems == []
             assert page.width <= width
