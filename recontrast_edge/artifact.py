@@ -15,6 +15,7 @@ from recontrast_edge.engines import DEMO, engine_path
 from recontrast_edge.errors import ModelError
 from recontrast_edge.onnxfile import graph_sha256, output_names, read_spec
 from recontrast_edge.plan import verify_plan
+from recontrast_edge.proof import read_quantisation
 from recontrast_edge.scoring import MAP_NAME, SCORE_NAME
 from recontrast_edge.spec import ModelSpec
 
@@ -83,8 +84,10 @@ def _onnx(path: Path) -> Artifact:
     head = "map" if set(output_names(path)) == {MAP_NAME, SCORE_NAME} else "features"
     sha256 = graph_sha256(path)
     details = {"bytes": path.stat().st_size, "head": head, "engine_sha256": sha256}
+    if (quantisation := read_quantisation(path)) is not None:
+        details |= quantisation.model_dump(mode="json", exclude={"format", "version"})
     if spec.threshold is not None:
-        details["threshold_is_for_this_engine"] = spec.threshold.engine_sha256 in (None, sha256)
+        details["threshold_is_for_this_engine"] = spec.threshold.engine_sha256 == sha256
     return Artifact("onnx", path, spec, details)
 
 
@@ -93,7 +96,7 @@ def _plan(path: Path) -> Artifact:
     facts = info.model_dump(mode="json", exclude={"format", "version", "spec"})
     details = {"bytes": len(content), "engine_sha256": info.plan_sha256, **facts}
     if info.spec.threshold is not None:
-        details["threshold_is_for_this_engine"] = info.spec.threshold.engine_sha256 in (None, info.plan_sha256)
+        details["threshold_is_for_this_engine"] = info.spec.threshold.engine_sha256 == info.plan_sha256
     return Artifact("plan", path, info.spec, details)
 
 

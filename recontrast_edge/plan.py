@@ -15,10 +15,11 @@ import shlex
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from recontrast_edge.errors import ModelError
 from recontrast_edge.images import atomic_write
+from recontrast_edge.proof import Calibration, Conversion, Proof, Record, Share, Text
 from recontrast_edge.spec import ModelSpec, Sha256, check_version
 
 PLAN_FORMAT: Literal["recontrast-edge.plan"] = "recontrast-edge.plan"
@@ -34,15 +35,9 @@ Head = Literal["map", "features"]
 MAX_BATCH = 1024
 
 BatchSize = Annotated[int, Field(ge=1, le=MAX_BATCH)]
-Share = Annotated[float, Field(ge=0.0)]
-Text = Annotated[str, Field(min_length=1, max_length=1000)]
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
-
-
-class Comparison(_Frozen):
+class Comparison(Record):
     """How close a candidate came to its reference; it passed, or there would be no plan."""
 
     images: Text
@@ -55,28 +50,23 @@ class Comparison(_Frozen):
     allowed_map_error: Share
 
 
-class Parity(_Frozen):
+class Parity(Record):
     """What was compared with the source ONNX model on ONNX Runtime."""
 
     graph: Comparison | None
     """The converted graph, as the builder was given it, on ONNX Runtime; null where nothing was converted."""
     engine: Comparison | None
     """The engine itself, on the GPU; null where it was not run."""
+    graph_proof: Proof | None = None
+    """The verdicts of the converted graph on validation images; null where none were given and none came with the
+    model."""
+    engine_proof: Proof | None = None
+    """The verdicts of the engine itself; null where none were given or it was not run."""
     note: Text
     """What was compared, and why something was not."""
 
 
-class Calibration(_Frozen):
-    """The good images that the INT8 scales come from."""
-
-    data: Text
-    """Name of the folder or list (no absolute path)."""
-    n_images: Annotated[int, Field(ge=1)]
-    data_sha256: Sha256
-    """Digest over the images' digests, in the order they were used."""
-
-
-class PlanInfo(_Frozen):
+class PlanInfo(Record):
     """The sidecar of a plan."""
 
     format: Literal["recontrast-edge.plan"] = PLAN_FORMAT
@@ -102,7 +92,9 @@ class PlanInfo(_Frozen):
     onnx_sha256: Sha256
     """``onnxfile.graph_sha256`` of the source model."""
     calibration: Calibration | None
-    """Of INT8 plans whose scales were found while building; null for all others."""
+    """Of INT8 plans; null for all others."""
+    conversion: Conversion = Conversion()
+    """What the graph computes in."""
     parity: Parity
     software: dict[str, str]
     """Versions of what converted and built."""

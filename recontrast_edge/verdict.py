@@ -79,11 +79,12 @@ def resolve_threshold(engine: Engine, override: float | None = None) -> float:
             f"{engine.path}: this model has no threshold yet; derive one from good images with "
             f"`recontrast-edge calibrate --engine {engine.path} --good DIR`, or give one with --threshold"
         )
-    if threshold.engine_sha256 is not None and threshold.engine_sha256 != engine.sha256:
+    if threshold.engine_sha256 != engine.sha256:
+        origin = threshold.engine_sha256 and f"sha256 {threshold.engine_sha256[:12]}..."
         raise ModelError(
-            f"{engine.path}: its threshold {threshold.value:g} was derived from another engine (sha256 "
-            f"{threshold.engine_sha256[:12]}..., this one is {engine.sha256[:12]}...), whose scores may differ; run "
-            "`recontrast-edge calibrate` with this one"
+            f"{engine.path}: its threshold {threshold.value:g} was derived from another engine ({origin or 'unknown'}, "
+            f"this one is {engine.sha256[:12]}...), whose scores may differ; run `recontrast-edge calibrate` with this "
+            "one"
         )
     return threshold.value
 

@@ -19,7 +19,8 @@ from recontrast_edge.cli.reference import reference
 from recontrast_edge.engines import open_engine
 from recontrast_edge.frame import Frame, Judgement
 from recontrast_edge.pipeline import Line
-from recontrast_edge.plan import Calibration, Comparison, PlanInfo
+from recontrast_edge.plan import Comparison, Parity, PlanInfo
+from recontrast_edge.proof import Calibration, Conversion, Flip, Proof, Quantisation, Rate
 from recontrast_edge.sources import open_source
 from recontrast_edge.spec import InputSpec, ModelSpec, Scoring, Threshold
 from recontrast_edge.task import Product
@@ -135,10 +136,17 @@ def test_every_field_of_the_spec_is_documented() -> None:
 
 
 def test_every_field_of_a_plan_is_documented() -> None:
-    parts = {*Calibration.model_fields, *Comparison.model_fields, "graph", "engine", "note"}
+    parts = {*Calibration.model_fields, *Comparison.model_fields, *Conversion.model_fields, *Parity.model_fields}
     precisions = {"--precision", "fp32", "fp16", "int8"}
     assert documented("The plan") - precisions == set(PlanInfo.model_fields)
     text = ARTIFACTS.read_text(encoding="utf-8")
+    assert not [name for name in parts if f"`{name}`" not in text]
+
+
+def test_every_field_of_a_proof_is_documented() -> None:
+    assert documented("Proofs") == set(Proof.model_fields)
+    text = ARTIFACTS.read_text(encoding="utf-8")
+    parts = {*Flip.model_fields, *Rate.model_fields, *Quantisation.model_fields}
     assert not [name for name in parts if f"`{name}`" not in text]
 
 

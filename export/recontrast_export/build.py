@@ -19,6 +19,7 @@ import onnx
 import onnxruntime
 
 from recontrast_edge import __version__
+from recontrast_edge.datasets import Sample, find_dataset
 from recontrast_edge.engines import Engine, open_engine
 from recontrast_edge.engines.onnx import OnnxEngine
 from recontrast_edge.errors import MissingError, ModelError, OutputError, UsageError
@@ -32,8 +33,13 @@ from recontrast_edge.plan import (
     Precision,
     sidecar_path,
 )
+from recontrast_edge.preprocess import preprocess
+from recontrast_edge.proof import Proof, read_quantisation
+from recontrast_edge.recalibration import recalibrate, require_calibrated_on
 from recontrast_edge.scoring import MAP_NAME
-from recontrast_edge.spec import ModelSpec
+from recontrast_edge.spec import ModelSpec, Threshold
+from recontrast_export.budget import Budget
+from recontrast_export.emulation import with_float16_rounding
 from recontrast_export.parity import (
     FP32_TOLERANCE,
     ParityReport,
@@ -43,7 +49,9 @@ from recontrast_export.parity import (
     read_images,
     synthetic_images,
 )
+from recontrast_export.plausible import require_good_images
 from recontrast_export.precision import precision_of, read_calibration_images, to_precision
+from recontrast_export.proving import Prover, ValidationImages, enforce, read_validation
 from recontrast_export.trt import Built, Library, Network, Progress, Settings, compute_capability, load_library
 
 TOLERANCES: dict[Precision, Tolerance] = {
@@ -57,6 +65,16 @@ TOLERANCES: dict[Precision, Tolerance] = {
 
 LAYERS_FORMAT = "recontrast-edge.layers"
 LAYERS_VERSION = 1
+
+BUDGETS: dict[Precision, Budget] = {
+    "fp32": Budget.parse("verdict_flips<=0"),
+    "fp16": Budget.parse("map_correlation>=0.9999,clear_flips<=0"),
+    "int8": Budget.parse("verdict_flips<=0.5%,delta_i_auroc<=0.003,delta_aupro<=0.01"),
+}
+"""What an engine's verdicts may cost on validation images, where the user says nothing else."""
+
+OnProof = Callable[[Proof, Budget], None]
+"""Told what was found; before it is enforced."""
 
 OnParity = Callable[[str, ParityReport, Tolerance], None]
 """Told what was compared with what, the result, and what is allowed; before it is enforced."""
@@ -95,10 +113,14 @@ def build_engine(
     timing_cache: Path | None = None,
     calibration: Path | None = None,
     images: Sequence[Path] = (),
+    validation: Path | None = None,
+    budget: Budget | None = None,
+    good: Path | None = None,
     layers: Path | None = None,
     detailed: bool = False,
     progress: Progress | None = None,
     on_parity: OnParity | None = None,
+    on_proof: OnProof | None = None,
 ) -> Result:
     """Convert, check, build, check again where a GPU is, write the plan and its sidecar.
 
@@ -112,18 +134,23 @@ def build_engine(
         workspace_mib: most scratch memory, in MiB; None for all there is.
         timing_cache: file that keeps kernel times for the next build; None for one beside the plan. Not with RTX.
         calibration: good images for INT8 scales, see ``precision.read_calibration_images``.
-        images: what to compare on, see ``parity.read_images``; none for the calibration images or, where there are
-            none, synthetic ones.
+        images: what to compare maps on, see ``parity.read_images``; none for the validation or calibration images or,
+            where there are none, synthetic ones.
+        validation: images to compare verdicts on, see ``proving.read_validation``; None for no such proof.
+        budget: what must hold on them; None for that of the precision, ``BUDGETS``.
+        good: the images that the model's threshold was calibrated on, to derive the engine's from; None for none.
         layers: JSON file to write a report of the layers to.
         detailed: keep names and details of layers in the engine, for profilers.
         progress: told how calibration and build proceed.
         on_parity: told each comparison before it is enforced.
+        on_proof: told each proof before it is enforced.
 
     Raises:
         UsageError: options that do not fit each other, the model or the machine.
         MissingError: TensorRT, or the GPU that it needs.
         ModelError: a damaged model, or one that TensorRT does not take.
         InputError: images that cannot be used.
+        CalibrationError: ``good`` are not the images of the model's threshold.
         GateError: the engine would not reproduce the model; nothing was written.
         OutputError: a file cannot be written.
         KeyboardInterrupt: Ctrl-C; nothing was written.
@@ -135,18 +162,26 @@ def build_engine(
     library = load_library(flavor)
     if timing_cache is not None and not library.has_timing_cache:
         raise UsageError(f"--timing-cache has no use with {library.flavor}, which times no kernels; leave it out")
-    with OnnxEngine(model) as reference, _temporary_folder(out) as folder:
+    with OnnxEngine(model) as reference, temporary_folder(out) as folder:
         gpu = _local_gpu(library)
         library.check_sm(sm, None if gpu is None else gpu.compute_capability)
         spec = reference.spec.with_threshold(None)
         source = onnx.load(model)
         found = precision_of(source)
+        made = read_quantisation(model)
         scales = None if calibration is None else read_calibration_images(calibration, spec.input)
-        gate = _Gate(reference, _parity_images(images, calibration, spec), precision, on_parity)
-        converted = to_precision(source, precision, calibration=scales, progress=progress)
-        content = converted.SerializeToString(deterministic=True)
+        if scales is not None:
+            require_good_images(reference, scales.paths)
+        promised = _promised_images(good, reference.spec)
+        compared = _parity_images(images, validation or calibration, spec)
+        judged = None if validation is None else read_validation(validation, Path(folder))
+        limits = budget or BUDGETS[precision]
+        gate = _Gate(reference, compared, judged, precision, limits, Path(folder), on_parity, on_proof)
+        tensors = [preprocess(entry.image, spec.input)[None] for entry in compared.images]
+        converted = to_precision(source, precision, calibration=scales, images=tensors, progress=progress)
+        content = converted.model.SerializeToString(deterministic=True)
         network = library.parse(content)
-        graph_parity = None if found == precision else gate.check_graph(content, Path(folder))
+        graph_parity, graph_proof = (None, None) if found == precision else gate.check_graph(content)
         cache_file = (timing_cache or out.with_name(f"{out.name}.timing")) if library.has_timing_cache else None
         settings = Settings(
             batch=batch,
@@ -166,12 +201,13 @@ def build_engine(
             compute_capability=_bound_capability(library, sm, gpu),
             gpu=None if gpu is None else gpu.name,
             precision=precision,
-            head="map" if any(output.name == MAP_NAME for output in converted.graph.output) else "features",
+            head="map" if any(output.name == MAP_NAME for output in converted.model.graph.output) else "features",
             batch=batch,
             plan_sha256=hashlib.sha256(built.plan).hexdigest(),
             onnx=model.name,
             onnx_sha256=reference.sha256,
-            calibration=None if scales is None else scales.record,
+            calibration=scales.record if scales is not None else None if made is None else made.calibration,
+            conversion=converted.record if made is None else made.conversion,
             parity=Parity(graph=graph_parity, engine=None, note="not run yet"),
             software={
                 "recontrast-edge": __version__,
@@ -180,12 +216,27 @@ def build_engine(
                 library.flavor: library.version,
             },
         )
-        engine_parity, unrun = gate.check_plan(info, built.plan, Path(folder), gpu)
-        compared = "The graph that was built" if graph_parity else "Nothing was converted, so no graph"
-        note = f"{compared} was compared with the source model on ONNX Runtime. "
-        note += f"The engine itself was not run: {unrun}." if unrun else "The engine was run on this machine's GPU."
+        unrun = _why_not_run(info, gpu)
+        if unrun is None and gpu is not None:
+            engine_parity, engine_proof, threshold, unrun = gate.check_plan(info, built.plan, gpu, promised)
+        else:
+            engine_parity = engine_proof = threshold = None
+        note = _note(unrun, was_converted=graph_parity is not None)
         notes.append(note)
-        info = info.model_copy(update={"parity": Parity(graph=graph_parity, engine=engine_parity, note=note)})
+        if good is not None and threshold is None:
+            notes.append("Its threshold was not derived, because that takes the engine's own scores.")
+        info = info.model_copy(
+            update={
+                "parity": Parity(
+                    graph=graph_parity,
+                    engine=engine_parity,
+                    graph_proof=graph_proof if made is None else made.proof,
+                    engine_proof=engine_proof,
+                    note=note,
+                ),
+                "spec": spec.with_threshold(threshold),
+            }
+        )
         if layers is not None:
             _write_layers(layers, info, network, None if gpu is None else library.inspect(built.plan))
         _write_plan(out, info, built.plan)
@@ -195,41 +246,56 @@ def build_engine(
 class _Gate:
     """Compares candidates with the source model, and refuses those that are too far from it."""
 
-    def __init__(self, reference: Engine, on: ParitySet, precision: Precision, on_parity: OnParity | None) -> None:
+    def __init__(
+        self,
+        reference: Engine,
+        on: ParitySet,
+        judged: ValidationImages | None,
+        precision: Precision,
+        budget: Budget,
+        folder: Path,
+        on_parity: OnParity | None,
+        on_proof: OnProof | None,
+    ) -> None:
         self._reference = reference
         self._on = on
         self._precision = precision
+        self._budget = budget
+        self._folder = folder
         self._on_parity = on_parity
+        self._on_proof = on_proof
+        self._prover = None if judged is None else Prover(reference, judged)
 
-    def check_graph(self, content: bytes, folder: Path) -> Comparison:
-        """Compare the very graph that the parser was given, on ONNX Runtime."""
-        path = folder / "converted.onnx"
-        _write(path, content)
-        # As it is written: optimisations may skip the roundings that are to be measured.
-        with OnnxEngine(path, optimise=False) as engine:
-            return self._check(f"{self._precision} graph on ONNX Runtime", engine)
+    def check_graph(self, content: bytes) -> tuple[Comparison, Proof | None]:
+        """Compare the very graph that the parser was given, on ONNX Runtime, with float16's roundings written out."""
+        path = self._folder / "converted.onnx"
+        _write(path, with_float16_rounding(onnx.load_from_string(content)).SerializeToString(deterministic=True))
+        what = f"{self._precision} graph on ONNX Runtime"
+        with OnnxEngine(path) as engine:
+            return self._compare(what, engine), self._prove(what, engine)
 
     def check_plan(
-        self, info: PlanInfo, plan: bytes, folder: Path, gpu: Gpu | None
-    ) -> tuple[Comparison | None, str | None]:
-        """Compare the engine itself where this machine can run it; else why it was not run."""
-        if gpu is None:
-            return None, "this machine has no GPU that is usable from Python"
-        if info.compute_capability not in (None, gpu.compute_capability):
-            return None, f"this machine's GPU has compute capability {gpu.compute_capability}"
-        path = folder / "engine.plan"
+        self, info: PlanInfo, plan: bytes, gpu: Gpu, promised: Sequence[Sample] | None
+    ) -> tuple[Comparison | None, Proof | None, Threshold | None, str | None]:
+        """Compare the engine itself, and derive its threshold from the promised images; else why it was not run."""
+        path = self._folder / "engine.plan"
         _write_plan(path, info, plan)
         try:
             engine = open_engine(path)
         except (ModelError, MissingError) as error:
             # A portable engine need not fit the GPU that happens to be here.
             if info.compute_capability is None:
-                return None, str(error)[:500]
+                return None, None, None, str(error)[:500]
             raise
+        what = f"{self._precision} engine on {gpu.name}"
         with engine:
-            return self._check(f"{self._precision} engine on {gpu.name}", engine), None
+            compared, proof = self._compare(what, engine), self._prove(what, engine)
+            if promised is None:
+                return compared, proof, None, None
+            threshold = recalibrate(engine.infer, promised, self._reference.spec, engine_sha256=engine.sha256)
+            return compared, proof, threshold, None
 
-    def _check(self, what: str, candidate: Engine) -> Comparison:
+    def _compare(self, what: str, candidate: Engine) -> Comparison:
         tolerance = TOLERANCES[self._precision]
         report = compare(self._reference.infer, candidate.infer, self._on)
         if self._on_parity is not None:
@@ -242,6 +308,39 @@ class _Gate:
             score_error=float(report.score_errors.max()),
             allowed_map_error=tolerance.map_error,
         )
+
+    def _prove(self, what: str, candidate: Engine) -> Proof | None:
+        if self._prover is None:
+            return None
+        proof = self._prover.prove(candidate.infer, what, self._budget)
+        if self._on_proof is not None:
+            self._on_proof(proof, self._budget)
+        enforce(proof, self._budget)
+        return proof
+
+
+def _why_not_run(info: PlanInfo, gpu: Gpu | None) -> str | None:
+    """Why this machine cannot run the engine; None where it may."""
+    if gpu is None:
+        return "this machine has no GPU that is usable from Python"
+    if info.compute_capability not in (None, gpu.compute_capability):
+        return f"this machine's GPU has compute capability {gpu.compute_capability}"
+    return None
+
+
+def _note(unrun: str | None, *, was_converted: bool) -> str:
+    compared = "The graph that was built" if was_converted else "Nothing was converted, so no graph"
+    ran = f"The engine itself was not run: {unrun}." if unrun else "The engine was run on this machine's GPU."
+    return f"{compared} was compared with the source model on ONNX Runtime. {ran}"
+
+
+def _promised_images(good: Path | None, spec: ModelSpec) -> Sequence[Sample] | None:
+    """The images of the source's threshold, checked before anything takes time."""
+    if good is None:
+        return None
+    samples = find_dataset(good).training_samples()
+    require_calibrated_on(samples, spec)
+    return samples
 
 
 def _check_outputs(model: Path, out: Path, layers: Path | None) -> None:
@@ -286,8 +385,8 @@ def _bound_capability(library: Library, sm: int | None, gpu: Gpu | None) -> str 
     return None if gpu is None else gpu.compute_capability
 
 
-def _parity_images(images: Sequence[Path], calibration: Path | None, spec: ModelSpec) -> ParitySet:
-    chosen = list(images) or ([calibration] if calibration is not None else [])
+def _parity_images(images: Sequence[Path], other: Path | None, spec: ModelSpec) -> ParitySet:
+    chosen = list(images) or ([other] if other is not None else [])
     if not chosen:
         return synthetic_images(spec.input)
     found = read_images(chosen)
@@ -296,7 +395,12 @@ def _parity_images(images: Sequence[Path], calibration: Path | None, spec: Model
     return replace(found, source=f"{len(found.images)} images of {names}")
 
 
-def _temporary_folder(out: Path) -> tempfile.TemporaryDirectory[str]:
+def temporary_folder(out: Path) -> tempfile.TemporaryDirectory[str]:
+    """A folder beside the file to write, for what must not be left behind.
+
+    Raises:
+        OutputError: it cannot be made.
+    """
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         return tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.")

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from recontrast_edge.errors import ModelError
+from recontrast_edge.scoring import VIEWS, reconstruction_name, target_name
 
 Pairs = list[list[tuple[str, str]]]
 """``pairs[view][level]`` names the values (target, reconstruction), each (N, C_l, h_l, w_l)."""
@@ -124,3 +125,25 @@ def store_weights_as_float16(model: onnx.ModelProto) -> None:
     rest = list(graph.node)
     del graph.node[:]
     graph.node.extend(casts + rest)
+
+
+def feature_names(graph: onnx.GraphProto) -> list[str]:
+    """Names of the feature pairs, in both kinds of graph: by view, level, then target and reconstruction.
+
+    Raises:
+        ModelError: the graph has none, or not all of them.
+    """
+    produced = {name for node in graph.node for name in node.output}
+    levels = 0
+    while target_name(0, levels) in produced:
+        levels += 1
+    names = [
+        name(view, level)
+        for view in range(VIEWS)
+        for level in range(levels)
+        for name in (target_name, reconstruction_name)
+    ]
+    missing = [name for name in names or [target_name(0, 0)] if name not in produced]
+    if missing:
+        raise ModelError(f"the graph has no value {missing[0]!r}; export the model again with `recontrast-edge export`")
+    return names

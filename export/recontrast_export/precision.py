@@ -1,26 +1,22 @@
 """Change the precision of an exported graph: what a strongly typed builder is given is what it builds.
 
-    model = to_precision(onnx.load("model.onnx"), "fp16")
+    converted = to_precision(onnx.load("model.onnx"), "fp16")  # converted.model, converted.record
 
 ``fp32``: weights that the file stores as float16 become float32 again; nothing else changes.
 
 ``fp16``: the network, up to the feature pairs, computes in float16. The image stays float32. In a ``features`` graph
 the pairs are float16 outputs, so that the map kernel reads half the bytes; in a ``map`` graph distances, map and score
-stay float32: squares of features overflow float16, and its rounding there costs more than in the network.
+stay float32: squares of features overflow float16, and its rounding there costs more than in the network. Where real
+images bring a value near float16's limit, the nodes that make and read it stay float32, by name.
 
-``int8``: convolutions read their input and weights through QuantizeLinear and DequantizeLinear, symmetric. Weights have
-a scale for each output channel; inputs have one scale, from the largest magnitude in each of the good images, averaged,
-so that one odd image does not coarsen all others. All else is as with ``fp16``: additions, transposed convolutions,
-which have few INT8 kernels, and the convolutions that cost accuracy and little time (those of the image, depthwise
-ones, and those that make the features). Scales are not trained: a model that this costs too much stays at ``fp16``.
+``int8``: convolutions read their input and weights through QuantizeLinear and DequantizeLinear, placed as ``qdq`` says,
+with ranges from good images as ``ranges`` says. All else is as with ``fp16``. Which blocks are INT8 is chosen here
+without a measurement: all but depthwise convolutions. ``quantize`` measures what that costs, and chooses.
 """
 
 from __future__ import annotations
 
-import logging
-import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,27 +27,36 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from recontrast_edge.datasets import combined_sha256, file_sha256, find_dataset
-from recontrast_edge.errors import InputError, ModelError, OutputError, UsageError
+from recontrast_edge.errors import InputError, ModelError, UsageError
 from recontrast_edge.images import read_image
-from recontrast_edge.plan import Calibration, Precision
+from recontrast_edge.plan import Precision
 from recontrast_edge.preprocess import preprocess
-from recontrast_edge.scoring import INPUT_NAME, VIEWS, reconstruction_name, target_name
+from recontrast_edge.proof import Calibration, Conversion
+from recontrast_edge.scoring import INPUT_NAME
 from recontrast_edge.spec import InputSpec
+from recontrast_export.graph import feature_names
 from recontrast_export.parity import spread
+from recontrast_export.qdq import QUANTIZERS, Int8Network, dequantised_name, int8_share
+from recontrast_export.ranges import Activation, Method, largest_magnitudes, measure_activations
+from recontrast_export.rewrite import with_pointwise_upsampling
 from recontrast_export.trt import Progress
 
 MIN_CALIBRATION_IMAGES = 8
 """Fewer say too little about how large activations get."""
 
 MAX_CALIBRATION_IMAGES = 64
-"""Of more images a sample is taken; the mean of their largest magnitudes changes little beyond it."""
+"""Of more images a sample is taken; ranges change little beyond it."""
 
-# The first operator set whose QuantizeLinear and DequantizeLinear take float16.
-_QUANTIZE_FLOAT16_OPSET = 19
+MAX_RANGE_IMAGES = 16
+"""Images that float16's limit is checked on."""
+
+DEFAULT_METHOD: Method = "mse"
+"""Where nothing is measured: clips where that costs less than it gains, and one odd image does not coarsen all."""
+
+FLOAT16_MARGIN = 4.0
+"""Values must stay this factor below float16's limit on the images at hand, for those that are not."""
 
 _CALIBRATION_PHASE = "Finding INT8 scales"
-
-_QUANTIZERS = ("QuantizeLinear", "DequantizeLinear")
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,14 +73,23 @@ class CalibrationImages:
     paths: tuple[Path, ...]
     spec: InputSpec
 
-    def tensors(self) -> Iterator[NDArray[np.float32]]:
+    def tensors(self, progress: Progress | None = None) -> Iterator[NDArray[np.float32]]:
         """Each image as (1, 3, H, W) float32, normalised.
+
+        Args:
+            progress: told after each.
 
         Raises:
             InputError: a damaged image, or one without the model's ROI.
         """
-        for path in self.paths:
+        if progress is not None:
+            progress.start(_CALIBRATION_PHASE, None, len(self.paths))
+        for index, path in enumerate(self.paths):
             yield preprocess(read_image(path), self.spec)[None]
+            if progress is not None:
+                progress.step(_CALIBRATION_PHASE, index)
+        if progress is not None:
+            progress.finish(_CALIBRATION_PHASE)
 
 
 def read_calibration_images(path: Path, spec: InputSpec) -> CalibrationImages:
@@ -102,7 +116,7 @@ def read_calibration_images(path: Path, spec: InputSpec) -> CalibrationImages:
 def precision_of(model: onnx.ModelProto) -> Precision:
     """What a graph computes in: ``int8`` with Q/DQ, ``fp16`` with any float16 but stored weights, else ``fp32``."""
     graph = model.graph
-    if any(node.op_type in _QUANTIZERS for node in graph.node):
+    if any(node.op_type in QUANTIZERS for node in graph.node):
         return "int8"
     stored = {node.input[0] for node in _weight_casts(model)}
     computes_half = any(
@@ -111,13 +125,22 @@ def precision_of(model: onnx.ModelProto) -> Precision:
     return "fp16" if computes_half else "fp32"
 
 
+@dataclass(frozen=True, eq=False)
+class Converted:
+    """A graph, and what is on record about its precision."""
+
+    model: onnx.ModelProto
+    record: Conversion
+
+
 def to_precision(
     model: onnx.ModelProto,
     precision: Precision,
     *,
     calibration: CalibrationImages | None = None,
+    images: Sequence[NDArray[np.float32]] = (),
     progress: Progress | None = None,
-) -> onnx.ModelProto:
+) -> Converted:
     """A copy of the model in the precision.
 
     Args:
@@ -125,13 +148,13 @@ def to_precision(
             where that is the precision asked for.
         precision: see the module.
         calibration: good images, for ``int8`` of a graph that is not quantised yet; None otherwise.
+        images: network inputs, (N, 3, H, W) float32, to check float16's limit on; of ``MAX_RANGE_IMAGES``.
         progress: told how calibration proceeds.
 
     Raises:
         UsageError: the graph has another precision already, or calibration images are missing or have no use.
-        ModelError: a weight that float16 cannot hold, or a graph that ONNX Runtime cannot quantise.
+        ModelError: a weight or feature that float16 cannot hold, or a graph that ONNX Runtime cannot run.
         InputError: a damaged calibration image.
-        OutputError: the folder of temporary files is full.
     """
     found = precision_of(model)
     if found not in ("fp32", precision):
@@ -146,17 +169,102 @@ def to_precision(
     if calibration is not None and not quantise:
         why = "the model is quantised already" if found == "int8" else f"--precision {precision} has no scales to find"
         raise UsageError(f"--calibration has no use here: {why}; leave it out")
+    if found != "fp32":
+        return Converted(model, Conversion())
+    source = with_float32_weights(model)
+    if precision == "fp32":
+        return Converted(source, Conversion())
+    largest = largest_magnitudes(source, network_values(source), images[:MAX_RANGE_IMAGES])
+    if calibration is None:
+        return in_float16(source, largest, n_images=len(images[:MAX_RANGE_IMAGES]))
+    network = Int8Network(with_pointwise_upsampling(source))
+    blocks = network.default_blocks
+    activations = measure_activations(network.model, network.values(blocks), calibration.tensors(progress))
+    return in_int8(network, blocks, activations, DEFAULT_METHOD, largest, n_images=len(images[:MAX_RANGE_IMAGES]))
+
+
+def in_int8(
+    network: Int8Network,
+    blocks: Collection[str],
+    activations: Mapping[str, Activation],
+    method: Method,
+    largest: Mapping[str, float],
+    *,
+    n_images: int,
+) -> Converted:
+    """These blocks in INT8, the rest of the network in float16.
+
+    Args:
+        network: the FP32 graph.
+        blocks: some of ``network.blocks``.
+        activations: of at least ``network.values(blocks)``.
+        method: see ``ranges``.
+        largest, n_images: as for ``in_float16``.
+
+    Raises:
+        ModelError: see ``to_precision``.
+    """
+    converted = in_float16(network.quantised(blocks, activations, method), largest, n_images=n_images)
+    left = tuple(block for block in network.blocks if block not in blocks)
+    update = {"int8_macs": int8_share(converted.model), "method": method, "fp16_blocks": left}
+    return Converted(converted.model, converted.record.model_copy(update=update))
+
+
+def in_float16(model: onnx.ModelProto, largest: Mapping[str, float], *, n_images: int) -> Converted:
+    """The network in float16.
+
+    Args:
+        model: with float32 weights; may have Q/DQ.
+        largest: largest magnitude of values inside of the network, in float32; empty where it was not measured.
+        n_images: that it was measured on.
+
+    Raises:
+        ModelError: see ``to_precision``.
+    """
+    limit = float(np.finfo(np.float16).max) / FLOAT16_MARGIN
+    too_large = {name for name, value in largest.items() if value > limit}
+    features = too_large.intersection(feature_names(model.graph), (output.name for output in model.graph.output))
+    if features:
+        name = min(features)
+        raise ModelError(
+            f"{name}: reaches {largest[name]:.3g} on these images, too near to what float16 holds ({limit * 4:.0f}); "
+            "build with --precision fp32, or export with --head map"
+        )
     converted = onnx.ModelProto()
     converted.CopyFrom(model)
-    if found != "fp32":
-        return converted
-    _restore_weights(converted)
-    if calibration is not None:
-        converted = _quantise_convolutions(converted, calibration, progress)
-    if precision != "fp32":
-        _compute_in_float16(converted)
+    too_large |= {dequantised_name(name) for name in too_large}
+    kept = [node.name for node in network_nodes(model.graph) if too_large.intersection([*node.input, *node.output])]
+    _compute_in_float16(converted, kept)
     onnx.checker.check_model(converted, full_check=True)
-    return converted
+    worst = max(largest, key=lambda name: largest[name], default=None)
+    activations = {"largest_activation": None if worst is None else largest[worst], "largest_activation_of": worst}
+    update = {"fp32_nodes": tuple(kept), "n_images": n_images, **activations}
+    return Converted(converted, Conversion().model_copy(update=update))
+
+
+def network_nodes(graph: onnx.GraphProto) -> list[onnx.NodeProto]:
+    """The nodes up to the feature pairs, in the order of the graph."""
+    return _ancestors(graph, feature_names(graph))
+
+
+def network_values(model: onnx.ModelProto) -> list[str]:
+    """Names of the float32 values that the network makes."""
+    return [name for node in network_nodes(model.graph) for name in node.output]
+
+
+def with_float32_weights(model: onnx.ModelProto) -> onnx.ModelProto:
+    """A copy without ``graph.store_weights_as_float16``: builders and quantisers want weights, not casts of them."""
+    restored = onnx.ModelProto()
+    restored.CopyFrom(model)
+    graph = restored.graph
+    casts = {node.input[0]: node for node in _weight_casts(restored)}
+    for entry in graph.initializer:
+        if entry.name in casts:
+            value = numpy_helper.to_array(entry).astype(np.float32)
+            entry.CopyFrom(numpy_helper.from_array(value, casts[entry.name].output[0]))
+    for cast in casts.values():
+        graph.node.remove(cast)
+    return restored
 
 
 def _weight_casts(model: onnx.ModelProto) -> list[onnx.NodeProto]:
@@ -165,152 +273,48 @@ def _weight_casts(model: onnx.ModelProto) -> list[onnx.NodeProto]:
     return [node for node in model.graph.node if node.op_type == "Cast" and node.input[0] in stored]
 
 
-def _restore_weights(model: onnx.ModelProto) -> None:
-    """Undo ``graph.store_weights_as_float16``, in place: builders and quantisers want weights, not casts of them."""
+def _compute_in_float16(model: onnx.ModelProto, kept: Collection[str]) -> None:
+    """Let all of the network but the ``kept`` nodes compute in float16, in place; what follows it stays float32."""
     graph = model.graph
-    casts = {node.input[0]: node for node in _weight_casts(model)}
-    for entry in graph.initializer:
-        if entry.name in casts:
-            value = numpy_helper.to_array(entry).astype(np.float32)
-            entry.CopyFrom(numpy_helper.from_array(value, casts[entry.name].output[0]))
-    for cast in casts.values():
-        graph.node.remove(cast)
-
-
-def _quantise_convolutions(
-    model: onnx.ModelProto, calibration: CalibrationImages, progress: Progress | None
-) -> onnx.ModelProto:
-    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
-
-    class Reader(CalibrationDataReader):  # type: ignore[misc]
-        def __init__(self) -> None:
-            self._tensors = enumerate(calibration.tensors())
-
-        def get_next(self) -> dict[str, NDArray[np.float32]] | None:
-            index, tensor = next(self._tensors, (len(calibration.paths), None))
-            if progress is not None and index:
-                progress.step(_CALIBRATION_PHASE, index - 1)
-            return None if tensor is None else {INPUT_NAME: tensor}
-
-    kept = _kept_convolutions(model.graph)
-    if progress is not None:
-        progress.start(_CALIBRATION_PHASE, None, len(calibration.paths))
-    if model.opset_import[0].version < _QUANTIZE_FLOAT16_OPSET:
-        model = onnx.version_converter.convert_version(model, _QUANTIZE_FLOAT16_OPSET)
-    with tempfile.TemporaryDirectory(prefix="recontrast-edge-") as folder, _quiet_root_logger():
-        source, path = Path(folder) / "source.onnx", Path(folder) / "quantised.onnx"
-        try:
-            # A file, because older versions change a model in memory beyond use.
-            onnx.save(model, source)
-            quantize_static(
-                source,
-                path,
-                Reader(),
-                quant_format=QuantFormat.QDQ,
-                op_types_to_quantize=["Conv"],
-                nodes_to_exclude=kept,
-                per_channel=True,
-                activation_type=QuantType.QInt8,
-                weight_type=QuantType.QInt8,
-                extra_options={
-                    "ActivationSymmetric": True,
-                    # The mean over the images, not the maximum.
-                    "CalibMovingAverage": True,
-                    "WeightSymmetric": True,
-                    # Builders fuse a bias in the convolution's output precision.
-                    "QuantizeBias": False,
-                    # The next convolution quantises what it reads; an addition reads all bits.
-                    "OpTypesToExcludeOutputQuantization": ["Conv"],
-                },
-            )
-            quantised = onnx.load(path)
-        except InputError:
-            raise
-        except OSError as error:
-            raise OutputError(f"{folder}: cannot write temporary files ({error.strerror or error})") from None
-        # ONNX Runtime raises many types here, with no common base.
-        except Exception as error:
-            raise ModelError(f"ONNX Runtime cannot quantise the model ({_line(error)}); export it again") from None
-    if progress is not None:
-        progress.finish(_CALIBRATION_PHASE)
-    del quantised.metadata_props[:]
-    quantised.metadata_props.extend(model.metadata_props)
-    return quantised
-
-
-def _kept_convolutions(graph: onnx.GraphProto) -> list[str]:
-    """Names of the convolutions that are not quantised: of the image, depthwise, and those that make features."""
-    features = set(_feature_names(graph))
-    return [
-        node.name
-        for node in graph.node
-        if node.op_type == "Conv"
-        and (
-            INPUT_NAME in node.input
-            or features.intersection(node.output)
-            or any(attribute.name == "group" and attribute.i > 1 for attribute in node.attribute)
-        )
-    ]
-
-
-def _compute_in_float16(model: onnx.ModelProto) -> None:
-    """Let everything that feature pairs depend on compute in float16, in place; what follows them stays float32."""
-    graph = model.graph
-    features = _feature_names(graph)
-    network = _ancestors(graph, features)
-    in_network = {id(node) for node in network}
-    scales = {node.input[1] for node in network if node.op_type in _QUANTIZERS}
-    read_elsewhere = {name for node in graph.node if id(node) not in in_network for name in node.input}
-    renamed: dict[str, str] = {}
+    network = [node for node in network_nodes(graph) if node.name not in kept]
+    in_half = {id(node) for node in network}
+    scales = {node.input[1] for node in network if node.op_type in QUANTIZERS}
+    read_by_half = {name for node in network for name in node.input}
+    read_by_full = {name for node in graph.node if id(node) not in in_half for name in node.input}
+    narrowed: dict[str, str] = {}
     for entry in list(graph.initializer):
-        read = any(entry.name in node.input for node in network)
-        if entry.data_type != TensorProto.FLOAT or not read:
+        if entry.data_type != TensorProto.FLOAT or entry.name not in read_by_half:
             continue
         half = _float16(numpy_helper.to_array(entry), entry.name, is_scale=entry.name in scales)
-        if entry.name in read_elsewhere:
-            renamed[entry.name] = f"{entry.name}/fp16"
-            graph.initializer.append(numpy_helper.from_array(half, renamed[entry.name]))
+        if entry.name in read_by_full:
+            narrowed[entry.name] = f"{entry.name}/fp16"
+            graph.initializer.append(numpy_helper.from_array(half, narrowed[entry.name]))
         else:
             entry.CopyFrom(numpy_helper.from_array(half, entry.name))
-    renamed[INPUT_NAME] = f"{INPUT_NAME}/fp16"
-    for node in network:
-        _rename_inputs(node, renamed)
-    # Simplified graphs share values: distances may read what the network made of a feature for itself.
-    widened = {name: f"{name}/fp32" for node in network for name in node.output if name in read_elsewhere}
+    # Values that cross from one precision to the other.
+    made_by_half = {name for node in network for name in node.output}
+    made_by_full = {INPUT_NAME} | {name for node in graph.node if id(node) not in in_half for name in node.output}
+    narrowed.update({name: f"{name}/fp16" for name in made_by_full & read_by_half})
+    widened = {name: f"{name}/fp32" for name in made_by_half & read_by_full}
+    nodes = [_cast(INPUT_NAME, narrowed[INPUT_NAME], TensorProto.FLOAT16)] if INPUT_NAME in narrowed else []
     for node in graph.node:
-        if id(node) not in in_network:
-            _rename_inputs(node, widened)
+        _rename_inputs(node, narrowed if id(node) in in_half else widened)
+        nodes.append(node)
+        for name in node.output:
+            if id(node) in in_half and name in widened:
+                nodes.append(_cast(name, widened[name], TensorProto.FLOAT))
+            elif id(node) not in in_half and name in narrowed:
+                nodes.append(_cast(name, narrowed[name], TensorProto.FLOAT16))
     for output in graph.output:
-        if output.name in features:
+        if output.name in made_by_half:
             output.type.tensor_type.elem_type = TensorProto.FLOAT16
-    nodes = [_cast(INPUT_NAME, renamed[INPUT_NAME], TensorProto.FLOAT16), *network]
-    nodes += [_cast(name, wide, TensorProto.FLOAT) for name, wide in widened.items()]
-    nodes += [node for node in graph.node if id(node) not in in_network]
     del graph.node[:]
     graph.node.extend(nodes)
     # Types of values inside of the graph, which are others now; they can be inferred.
     del graph.value_info[:]
 
 
-def _feature_names(graph: onnx.GraphProto) -> list[str]:
-    """Names of the feature pairs, in both kinds of graph."""
-    produced = {name for node in graph.node for name in node.output}
-    levels = 0
-    while target_name(0, levels) in produced:
-        levels += 1
-    names = [
-        name(view, level)
-        for view in range(VIEWS)
-        for level in range(levels)
-        for name in (target_name, reconstruction_name)
-    ]
-    missing = [name for name in names or [target_name(0, 0)] if name not in produced]
-    if missing:
-        raise ModelError(f"the graph has no value {missing[0]!r}; export the model again with `recontrast-edge export`")
-    return names
-
-
-def _ancestors(graph: onnx.GraphProto, names: Sequence[str]) -> list[onnx.NodeProto]:
+def _ancestors(graph: onnx.GraphProto, names: Iterable[str]) -> list[onnx.NodeProto]:
     """The nodes that the named values depend on, in the order of the graph."""
     needed = set(names)
     found = []
@@ -332,25 +336,9 @@ def _float16(value: NDArray[Any], name: str, *, is_scale: bool) -> NDArray[np.fl
     return np.maximum(half, limits.smallest_subnormal) if is_scale else half
 
 
-def _rename_inputs(node: onnx.NodeProto, names: dict[str, str]) -> None:
+def _rename_inputs(node: onnx.NodeProto, names: Mapping[str, str]) -> None:
     for index, name in enumerate(node.input):
         node.input[index] = names.get(name, name)
-
-
-@contextmanager
-def _quiet_root_logger() -> Iterator[None]:
-    """ONNX Runtime advises to simplify the model first, which `export` has done."""
-    root = logging.getLogger()
-    level = root.level
-    root.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        root.setLevel(level)
-
-
-def _line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
 
 
 def _cast(source: str, result: str, dtype: int) -> onnx.NodeProto:

@@ -46,8 +46,27 @@ def build_command(
         [],
         "--images",
         metavar="PATH",
-        help="Compare with the ONNX model on these: data set, folder, list or image, at least 8 images in all; "
-        "repeatable. Default: those of --calibration, else synthetic ones.",
+        help="Compare maps with the ONNX model on these: data set, folder, list or image, at least 8 images in all; "
+        "repeatable. Default: those of --validation or --calibration, else synthetic ones.",
+    ),
+    validation: Path | None = typer.Option(
+        None,
+        "--validation",
+        metavar="PATH",
+        help="Compare verdicts on all of these: a data set with defects, or good images, which get synthetic ones.",
+    ),
+    budget: str | None = typer.Option(
+        None,
+        "--budget",
+        help="What may change on --validation, as for `quantize`.  [default: fp32 no verdict; fp16 "
+        "map_correlation>=0.9999,clear_flips<=0; int8 verdict_flips<=0.5%,delta_i_auroc<=0.003,delta_aupro<=0.01]",
+    ),
+    good: Path | None = typer.Option(
+        None,
+        "--good",
+        metavar="PATH",
+        help="The images that the model's threshold was calibrated on: the engine gets its own threshold from them, "
+        "where it can be run.",
     ),
     sm: int | None = typer.Option(
         None,
@@ -84,13 +103,18 @@ def build_command(
     from recontrast_edge.engines import engine_path
 
     try:
+        from recontrast_export.budget import Budget
         from recontrast_export.build import build_engine
     except ModuleNotFoundError as error:
         raise MissingError(
             f"building needs {error.name}, which is not installed: pip install 'recontrast-edge[tensorrt]' or, for RTX "
             "desktop GPUs, 'recontrast-edge[tensorrt-rtx]'; on a Jetson, whose system has TensorRT, pip install onnx"
         ) from None
-    with _bars() as bars:
+    from recontrast_edge.cli.quantize import show_proof
+
+    if budget is not None and validation is None:
+        raise UsageError("--budget has no use without --validation; leave it out, or give images to judge")
+    with bars() as shown:
         result = build_engine(
             engine_path(model),
             out,
@@ -102,10 +126,14 @@ def build_command(
             timing_cache=timing_cache,
             calibration=calibration,
             images=images,
+            validation=validation,
+            budget=None if budget is None else Budget.parse(budget),
+            good=good,
             layers=layers,
             detailed=verbose,
-            progress=_BuildProgress(bars),
+            progress=BuildProgress(shown),
             on_parity=_show_parity,
+            on_proof=lambda proof, _: show_proof(proof),
         )
     for note in result.notes:
         typer.echo(f"Note: {note}")
@@ -113,10 +141,11 @@ def build_command(
     capability = info.compute_capability
     gpus = "all GPUs that it supports" if capability is None else f"compute capability {capability}"
     built_for = f"{info.flavor} {info.library_version} and {gpus}"
-    typer.echo(
-        f"Written: {out} ({out.stat().st_size / 1e6:.1f} MB), {info.precision}, for {built_for}. "
-        "It has no threshold yet: recontrast-edge calibrate"
-    )
+    threshold = info.spec.threshold
+    limit = "It has no threshold yet: recontrast-edge calibrate"
+    if threshold is not None:
+        limit = f"Threshold {threshold.value:.6g}, by the model's promise and images, from its own scores"
+    typer.echo(f"Written: {out} ({out.stat().st_size / 1e6:.1f} MB), {info.precision}, for {built_for}. {limit}")
 
 
 def _batch(text: str) -> tuple[int, int, int]:
@@ -136,7 +165,8 @@ def _show_parity(what: str, report: ParityReport, tolerance: Tolerance) -> None:
     )
 
 
-def _bars() -> Bars:
+def bars() -> Bars:
+    """Progress bars on stderr; nothing where that is no terminal."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -145,7 +175,7 @@ def _bars() -> Bars:
     return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
 
 
-class _BuildProgress:
+class BuildProgress:
     """One bar for each phase that is going on; inner phases are indented and go when they are done."""
 
     def __init__(self, bars: Bars) -> None:

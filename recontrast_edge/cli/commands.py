@@ -8,6 +8,7 @@ from importlib import import_module
 MODULES = (
     "train",
     "export",
+    "quantize",
     "build",
     "evaluate",
     "calibrate",

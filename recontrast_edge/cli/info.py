@@ -73,6 +73,10 @@ def _details(described: Artifact) -> Iterator[tuple[str, str]]:
         yield "engine sha256", details["engine_sha256"]
     if described.kind == "plan":
         yield from _plan(details)
+    elif "proof" in details:
+        yield "precision", f"{details['precision']}, made from {details['source']}"
+        yield from _conversion(details)
+        yield "verdicts", _verdicts(details["proof"])
     if "tensors" in details:
         yield "weights", f"{details['tensors']} tensors, {details['values'] / 1e6:.1f} million values"
     if "files" in details:
@@ -93,8 +97,7 @@ def _plan(details: dict[str, Any]) -> Iterator[tuple[str, str]]:
     smallest, optimal, largest = details["batch"]
     yield "batch", f"smallest {smallest}, optimal {optimal}, largest {largest}"
     yield "source", f"{details['onnx']}, sha256 {details['onnx_sha256']}"
-    if (scales := details["calibration"]) is not None:
-        yield "INT8 scales", f"from {scales['n_images']} good images of {scales['data']}"
+    yield from _conversion(details)
     parity = details["parity"]
     for what in ("graph", "engine"):
         if (found := parity[what]) is not None:
@@ -103,8 +106,28 @@ def _plan(details: dict[str, Any]) -> Iterator[tuple[str, str]]:
                 f"{what} parity",
                 f"worst map error {found['map_error']:.1e} of its range ({allowed}), {found['images']}",
             )
+    for what in ("graph", "engine"):
+        if (proof := parity[f"{what}_proof"]) is not None:
+            yield f"{what} verdicts", _verdicts(proof)
     yield "parity", parity["note"]
     yield "built with", ", ".join(f"{name} {version}" for name, version in details["software"].items())
+
+
+def _conversion(details: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    conversion, scales = details["conversion"], details["calibration"]
+    if conversion["int8_macs"]:
+        yield "in INT8", f"{100 * conversion['int8_macs']:.1f} % of the multiply-accumulates"
+    if scales is not None:
+        ranges = f", ranges by {conversion['method']}" if conversion["method"] else ""
+        yield "INT8 scales", f"from {scales['n_images']} good images of {scales['data']}{ranges}"
+    if conversion["fp32_nodes"]:
+        yield "kept in FP32", ", ".join(conversion["fp32_nodes"])
+
+
+def _verdicts(proof: dict[str, Any]) -> str:
+    flips = proof["verdict_flips"]
+    interval = f"95 % interval {100 * flips['low']:.2f} to {100 * flips['high']:.2f} %"
+    return f"{flips['count']} of {flips['of']} changed ({interval}) on {proof['images']}; budget {proof['budget']}"
 
 
 def _spec(spec: ModelSpec) -> Iterator[tuple[str, str]]:

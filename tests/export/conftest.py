@@ -7,11 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from recontrast_edge.images import write_image
 from recontrast_edge.spec import InputSpec, Level, ModelSpec
+from recontrast_edge.synthetic import SyntheticLine
 
 SIZE_WH = (96, 64)
 """Not square, so that mixed-up axes show."""
@@ -80,12 +80,12 @@ def run_folder(
 def data_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Twelve good and six scratched images in MVTec layout, without masks."""
     root = tmp_path_factory.mktemp("data") / "parts"
-    rng = np.random.default_rng(0)
+    line = SyntheticLine("brushed-metal", seed=0, size_wh=(100, 70), defect_rate=0.0)
     for kind, count in (("good", 12), ("scratch", 6)):
         folder = root / "test" / kind
         folder.mkdir(parents=True)
         for index in range(count):
-            image = rng.integers(90, 130, (70, 100, 3), dtype=np.uint8)
+            image = line.part(index + 100 * (kind != "good")).image.copy()
             if kind != "good":
                 image[10 + index : 50, 20 : 24 + index] = 250
             write_image(folder / f"{index:02}.png", image)

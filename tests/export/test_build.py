@@ -5,6 +5,7 @@ asked for, plans fit their sidecars, and what goes wrong leaves nothing behind.
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -42,6 +43,7 @@ from recontrast_export import build as build_module  # noqa: E402
 from recontrast_export.build import TOLERANCES, Gpu, Result, build_engine  # noqa: E402
 from recontrast_export.onnx_export import build_onnx  # noqa: E402
 from recontrast_export.precision import read_calibration_images, to_precision  # noqa: E402
+from recontrast_export.qdq import int8_share  # noqa: E402
 from recontrast_export.trt import Built, Library, Network, Settings, load_library  # noqa: E402
 
 
@@ -105,16 +107,36 @@ def test_builds_in_every_precision_with_no_unexpected_type(
     sizes = {}
     for precision in ("fp32", "fp16", "int8"):
         calibration = images if precision == "int8" else None
-        model = to_precision(source, precision, calibration=calibration)
+        model = to_precision(source, precision, calibration=calibration).model
         network = library.parse(model.SerializeToString())
-        check_types(network.layers(), precision, head)
+        share = int8_share(model)
+        assert (share > 0.8) == (precision == "int8")
+        check_types(network.layers(), precision, head, share)
         sizes[precision] = len(library.build(network, settings).plan)
     # What is stored with less precision takes less room.
     assert sizes["fp16"] < 0.6 * sizes["fp32"]
     assert backbone == "efficientnet_lite0" or sizes["int8"] < 0.8 * sizes["fp16"]
 
 
-def check_types(layers: list[dict[str, Any]], precision: str, head: str) -> None:
+def int8_share_of(layers: list[dict[str, Any]]) -> float:
+    """Share of the multiply-accumulates in convolutions that read INT8, by the network that the parser made."""
+    producers = {tensor["name"]: layer["type"] for layer in layers for tensor in layer["outputs"]}
+    total = quantised = 0
+    for layer in layers:
+        if layer["type"] != "CONVOLUTION":
+            continue
+        image, weight = layer["inputs"][:2]
+        channels, height, width = layer["outputs"][0]["shape"][1:]
+        # The batch is dynamic; bottleneck and decoder see both views, and the encoders one.
+        views = 2 if layer["name"].startswith(("bottleneck", "decoder")) else 1
+        macs = views * channels * height * width * math.prod(weight["shape"][1:])
+        total += macs
+        if [producers.get(tensor["name"]) for tensor in (image, weight)] == ["DEQUANTIZE", "DEQUANTIZE"]:
+            quantised += macs
+    return quantised / total
+
+
+def check_types(layers: list[dict[str, Any]], precision: str, head: str, share: float) -> None:
     types = {tensor["name"]: tensor["dtype"] for layer in layers for tensor in layer["outputs"]}
     producers = {tensor["name"]: layer["type"] for layer in layers for tensor in layer["outputs"]}
     by_layer: dict[str, Counter[str]] = {}
@@ -143,6 +165,7 @@ def check_types(layers: list[dict[str, Any]], precision: str, head: str) -> None
     quantised = sum(kinds == ["DEQUANTIZE", "DEQUANTIZE"] for kinds in fed)
     if precision == "int8":
         assert quantised >= 0.6 * len(fed)
+        assert int8_share_of(layers) == pytest.approx(share, abs=1e-6)
     else:
         assert not quantised
         assert not {"QUANTIZE", "DEQUANTIZE"} & set(by_layer)
@@ -348,12 +371,13 @@ def test_a_graph_beyond_the_tolerance_leaves_no_trace(
     models: Any, data_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(*args: Any, **kwargs: Any) -> Any:
-        model = to_precision(*args, **kwargs)
+        converted = to_precision(*args, **kwargs)
+        model = converted.model
         entry = next(entry for entry in model.graph.initializer if entry.name == "heads/0/2/weight")
         value = onnx.numpy_helper.to_array(entry).copy()
         value[3] *= -20
         entry.CopyFrom(onnx.numpy_helper.from_array(value, entry.name))
-        return model
+        return converted
 
     monkeypatch.setattr(build_module, "to_precision", broken)
     out = tmp_path / "a.plan"

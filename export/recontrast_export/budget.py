@@ -1,0 +1,99 @@
+"""How much worse a model in reduced precision may be, as people write it.
+
+budget = Budget.parse("verdict_flips<=0.5%,delta_i_auroc<=0.003,delta_aupro<=0.01")
+for violation in budget.violations(proof): print(violation)
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from recontrast_edge.errors import UsageError
+from recontrast_edge.proof import Proof
+
+Relation = Literal["<=", ">="]
+
+
+@dataclass(frozen=True)
+class _Metric:
+    relation: Relation
+    value: Callable[[Proof], float | None]
+
+
+METRICS: dict[str, _Metric] = {
+    "verdict_flips": _Metric("<=", lambda proof: proof.verdict_flips.count / proof.verdict_flips.of),
+    "clear_flips": _Metric("<=", lambda proof: proof.clear_flips / proof.verdict_flips.of),
+    "delta_i_auroc": _Metric("<=", lambda proof: proof.delta_i_auroc),
+    "delta_aupro": _Metric("<=", lambda proof: proof.delta_aupro),
+    "map_correlation": _Metric(">=", lambda proof: proof.map_correlation),
+    "map_error": _Metric("<=", lambda proof: proof.map_error),
+    "map_error_p999": _Metric("<=", lambda proof: proof.map_error_p999),
+    "score_shift": _Metric("<=", lambda proof: abs(proof.score_shift)),
+    "rank_correlation": _Metric(">=", lambda proof: proof.rank_correlation),
+}
+"""What can be limited, by its name in ``proof.Proof``; flips as shares of all images, the shift without its sign."""
+
+_TERM = re.compile(r"(?P<name>\w+)\s*(?P<relation><=|>=|<|>|==?)\s*(?P<number>[^\s%]+)\s*(?P<percent>%?)")
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Limits, by metric.
+
+    Attributes:
+        limits: upper or lower bound of each metric that is limited, as ``METRICS`` has it.
+    """
+
+    limits: dict[str, float]
+
+    @classmethod
+    def parse(cls, text: str) -> Budget:
+        """Read ``NAME<=NUMBER`` or ``NAME>=NUMBER``, separated by commas; a number may end in %.
+
+        Raises:
+            UsageError: nothing there, an unknown or repeated name, the wrong relation, or no number.
+        """
+        limits: dict[str, float] = {}
+        for part in text.split(","):
+            term = _TERM.fullmatch(part.strip())
+            if term is None:
+                raise UsageError(f"--budget: {part.strip()!r}: expected NAME<=NUMBER, such as verdict_flips<=0.5%")
+            name, relation = term["name"], term["relation"]
+            if name not in METRICS:
+                raise UsageError(f"--budget: {name!r} is unknown; expected one of {', '.join(METRICS)}")
+            if relation != METRICS[name].relation:
+                raise UsageError(f"--budget: expected {name}{METRICS[name].relation}..., got {part.strip()!r}")
+            if name in limits:
+                raise UsageError(f"--budget: {name} is given twice")
+            limits[name] = _number(term["number"], part) / (100.0 if term["percent"] else 1.0)
+        return cls(limits)
+
+    def __str__(self) -> str:
+        return ",".join(f"{name}{METRICS[name].relation}{limit:g}" for name, limit in self.limits.items())
+
+    def violations(self, proof: Proof) -> list[str]:
+        """What is over the budget, one phrase each; a limit on something that is undefined cannot be kept."""
+        found = []
+        for name, limit in self.limits.items():
+            metric = METRICS[name]
+            value = metric.value(proof)
+            if value is None:
+                found.append(f"{name} is undefined on these images (leave it out of the budget)")
+            # Written so that NaN is a violation.
+            elif not (value <= limit if metric.relation == "<=" else value >= limit):
+                found.append(f"{name} is {value:.4g}, expected {metric.relation} {limit:g}")
+        return found
+
+
+def _number(text: str, part: str) -> float:
+    try:
+        value: Any = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value) or value < 0:
+        raise UsageError(f"--budget: {part.strip()!r}: expected a number >= 0 after the relation, got {text!r}")
+    return float(value)

@@ -1,0 +1,327 @@
+"""The search behind ``recontrast-edge quantize``: as much INT8 as the verdicts allow, and the proof of it in the file.
+
+    result = quantize(Path("parts.onnx"), Path("parts.int8.onnx"), calibration=good, validation=parts, budget=budget)
+
+Ranges come from good images; how they are chosen is decided by the map's error. Each block's harm is measured on its
+own, which gives a ladder of graphs from all INT8 to ever less of it. The first rung that keeps the budget on a part of
+the validation images is found by bisection, converted to what builders get (INT8 and float16), and proved on all of
+them. If that fails, the next rung is tried. If none holds, the graph is float16 throughout, and must hold as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import onnx
+
+from recontrast_edge.calibration import write_threshold
+from recontrast_edge.datasets import find_dataset
+from recontrast_edge.engines.onnx import OnnxEngine
+from recontrast_edge.errors import GateError, OutputError, UsageError
+from recontrast_edge.images import atomic_write, read_image
+from recontrast_edge.onnxfile import SPEC_KEY, graph_sha256
+from recontrast_edge.proof import QUANTISATION_KEY, Proof, Quantisation
+from recontrast_edge.recalibration import recalibrate, require_calibrated_on
+from recontrast_edge.spec import ModelSpec, Threshold
+from recontrast_export.budget import Budget
+from recontrast_export.build import temporary_folder
+from recontrast_export.curve import Point, draw_png
+from recontrast_export.emulation import with_float16_rounding
+from recontrast_export.plausible import require_good_images
+from recontrast_export.precision import (
+    MAX_RANGE_IMAGES,
+    CalibrationImages,
+    Converted,
+    in_float16,
+    in_int8,
+    network_values,
+    precision_of,
+    read_calibration_images,
+    with_float32_weights,
+)
+from recontrast_export.proving import Prover, ValidationImages, enforce, read_validation
+from recontrast_export.qdq import PARTS, Int8Network, part_of
+from recontrast_export.ranges import Activation, Method, largest_magnitudes, measure_activations
+from recontrast_export.rewrite import with_pointwise_upsampling
+from recontrast_export.sensitivity import Probe, Rung, block_harms, ladder, method_errors, opened
+from recontrast_export.trt import Progress
+
+DEFAULT_BUDGET = "verdict_flips<=0.5%,delta_i_auroc<=0.003,delta_aupro<=0.01"
+
+PROBE_IMAGES = 8
+"""Images that one block's harm is measured on: a map has tens of thousands of pixels."""
+
+SEARCH_IMAGES = 100
+"""Images that the search judges verdicts on; the proof is on all."""
+
+Say = Callable[[str], None]
+"""Told what was found, a sentence at a time."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A rung of the ladder, measured.
+
+    Attributes:
+        rung: what was predicted.
+        map_error: as ``sensitivity.Probe.error``.
+        search: proof on the search's part of the images; None where it was not needed.
+        proof: proof on all images, of the graph as it is written; None where the search ended before.
+    """
+
+    rung: Rung
+    map_error: float
+    search: Proof | None = None
+    proof: Proof | None = None
+
+
+@dataclass(frozen=True)
+class Result:
+    """A written graph.
+
+    Attributes:
+        record: what the file says about itself.
+        trials: the ladder, most INT8 first.
+        method_errors: of each way to choose ranges, with all blocks in INT8.
+        threshold: re-derived for this graph; None where no images were given for it.
+    """
+
+    record: Quantisation
+    trials: tuple[Trial, ...]
+    method_errors: dict[Method, float]
+    threshold: Threshold | None
+
+
+def quantize(
+    model: Path,
+    out: Path,
+    *,
+    calibration: Path,
+    validation: Path,
+    budget: Budget,
+    parts: Collection[str] = PARTS,
+    good: Path | None = None,
+    say: Say = lambda sentence: None,
+    progress: Progress | None = None,
+    bars: bool = False,
+) -> Result:
+    """Search, prove, write ``out`` and, beside it, the picture of the trade-off (``out`` with suffix ``.png``).
+
+    Args:
+        model: FP32 ``.onnx`` file of ``recontrast-edge export``.
+        out: ``.onnx`` file to write; replaced if it exists, unless no graph keeps the budget.
+        calibration: good images for INT8 ranges, see ``precision.read_calibration_images``.
+        validation: images to judge, see ``proving.read_validation``.
+        budget: what must hold.
+        parts: of ``qdq.PARTS``: what may become INT8.
+        good: the images that the model's threshold was calibrated on, to derive the new graph's from; None for none.
+        say: told what was found.
+        progress: told how calibration and sensitivity proceed.
+        bars: show bars on stderr while images are judged.
+
+    Raises:
+        UsageError: file names, parts, a model that is quantised already or has no threshold to derive again.
+        ModelError: a damaged model, or one that cannot be converted.
+        InputError: images that cannot be used.
+        CalibrationError: ``good`` are not the images of the model's threshold.
+        GateError: not even FP16 keeps the budget; nothing was written.
+        OutputError: a file cannot be written.
+    """
+    _check(model, out, parts)
+    with OnnxEngine(model) as reference, temporary_folder(out) as name:
+        folder = Path(name)
+        source = onnx.load(model)
+        if (found := precision_of(source)) != "fp32":
+            raise UsageError(f"{model}: is {found} already; quantize takes the FP32 model that it was made from")
+        promised = None if good is None else find_dataset(good).training_samples()
+        if promised is not None:
+            require_calibrated_on(promised, reference.spec)
+        scales = read_calibration_images(calibration, reference.spec.input)
+        require_good_images(reference, scales.paths)
+        say(f"Ranges from {scales.record.n_images} good images of {scales.record.data}.")
+        images = read_validation(validation, folder)
+        search = _Search(reference, source, scales, images, parts, budget, folder, say, progress, bars)
+        converted, proof, trials = search.run()
+        record = Quantisation(
+            precision="int8" if converted.record.int8_macs else "fp16",
+            graph_sha256=_graph_sha256(converted.model, folder),
+            source=model.name,
+            source_sha256=reference.sha256,
+            calibration=scales.record if converted.record.int8_macs else None,
+            conversion=converted.record,
+            proof=proof,
+        )
+        spec = reference.spec.with_threshold(None)
+        shipped = folder / out.name
+        _save(shipped, converted.model, spec, record)
+        threshold = None
+        if promised is not None:
+            with OnnxEngine(shipped) as engine:
+                threshold = recalibrate(engine.infer, promised, reference.spec, engine_sha256=engine.sha256)
+            write_threshold(shipped, spec, threshold)
+        with atomic_write(out.with_suffix(".png")) as picture, atomic_write(out) as file:
+            picture.write(draw_png(_points(trials, proof, budget), title=f"{model.name}, {images.source}"))
+            file.write(shipped.read_bytes())
+    return Result(record, tuple(trials), search.method_errors, threshold)
+
+
+class _Search:
+    """The steps of ``quantize``, in order."""
+
+    def __init__(
+        self,
+        reference: OnnxEngine,
+        source: onnx.ModelProto,
+        scales: CalibrationImages,
+        images: ValidationImages,
+        parts: Collection[str],
+        budget: Budget,
+        folder: Path,
+        say: Say,
+        progress: Progress | None,
+        bars: bool,
+    ) -> None:
+        self._reference = reference
+        self._source = with_float32_weights(source)
+        self._network = Int8Network(with_pointwise_upsampling(self._source))
+        self._blocks = [block for block in self._network.blocks if part_of(block) in parts]
+        self._scales = scales
+        self._images = images
+        self._budget = budget
+        self._folder = folder
+        self._say = say
+        self._progress = progress
+        self._bars = bars
+        self._activations: dict[str, Activation] = {}
+        self._largest: dict[str, float] = {}
+        self._n_range_images = 0
+        self._method: Method = "mse"
+        self.method_errors: dict[Method, float] = {}
+
+    def run(self) -> tuple[Converted, Proof, list[Trial]]:
+        """The graph to write, its proof, and the ladder.
+
+        Raises:
+            GateError: nothing keeps the budget.
+        """
+        self._measure_activations()
+        trials = self._climb()
+        first = self._first_within_budget(trials)
+        prover = Prover(self._reference, self._images, progress=self._bars)
+        for index in range(first, len(trials)):
+            rung = trials[index].rung
+            converted = in_int8(
+                self._network,
+                rung.blocks,
+                self._activations,
+                self._method,
+                self._largest,
+                n_images=self._n_range_images,
+            )
+            proof = self._prove(prover, converted, f"graph with {100 * rung.int8_macs:.0f} % of the work in INT8")
+            trials[index] = replace(trials[index], proof=proof)
+            if not self._budget.violations(proof):
+                return converted, proof, trials
+        self._say("No INT8 graph keeps the budget; falling back to FP16.")
+        converted = in_float16(self._source, self._largest, n_images=self._n_range_images)
+        proof = self._prove(prover, converted, "FP16 graph")
+        enforce(proof, self._budget)
+        return converted, proof, trials
+
+    def _measure_activations(self) -> None:
+        model = self._network.model
+        tensors = self._scales.tensors(self._progress)
+        self._activations = measure_activations(model, self._network.values(self._blocks), tensors)
+        some = [tensor for _, tensor in zip(range(MAX_RANGE_IMAGES), self._scales.tensors(), strict=False)]
+        self._n_range_images = len(some)
+        self._largest = largest_magnitudes(self._source, network_values(self._source), some)
+        # The same graph, rewritten: values that only one of the two has.
+        self._largest |= {
+            name: activation.magnitudes.largest
+            for name, activation in self._activations.items()
+            if name not in self._largest
+        }
+
+    def _climb(self) -> list[Trial]:
+        """Choose the method, measure the blocks and then the ladder."""
+        shown = [read_image(sample.path) for sample in self._images.subset(PROBE_IMAGES).samples]
+        probe = Probe(self._reference, shown, self._folder)
+        self.method_errors = method_errors(self._network, self._blocks, self._activations, probe)
+        self._method = min(self.method_errors, key=lambda method: self.method_errors[method])
+        listed = ", ".join(f"{method} {100 * error:.3g} %" for method, error in self.method_errors.items())
+        self._say(f"Map error with all {len(self._blocks)} blocks in INT8: {listed}; {self._method} is used.")
+        harms = block_harms(
+            self._network, self._blocks, self._activations, self._method, probe, progress=self._progress
+        )
+        worst = sorted(harms, key=lambda block: harms[block], reverse=True)[:3]
+        self._say(f"Most harmful blocks: {', '.join(f'{block} {100 * harms[block] ** 0.5:.2g} %' for block in worst)}.")
+        return [
+            Trial(rung, probe.error(self._network.quantised(rung.blocks, self._activations, self._method)))
+            for rung in ladder(self._network, harms)
+        ]
+
+    def _first_within_budget(self, trials: list[Trial]) -> int:
+        """Bisect for the first rung that keeps the budget on a part of the images; ``len(trials)`` where none does."""
+        prover = Prover(self._reference, self._images.subset(SEARCH_IMAGES))
+        low, high = 0, len(trials)
+        while low < high:
+            middle = (low + high) // 2
+            rung = trials[middle].rung
+            model = self._network.quantised(rung.blocks, self._activations, self._method)
+            with opened(model, self._folder) as engine:
+                proof = prover.prove(engine.infer, f"{100 * rung.int8_macs:.0f} % INT8", self._budget)
+            trials[middle] = replace(trials[middle], search=proof)
+            violations = self._budget.violations(proof)
+            outcome = "; ".join(violations) or "keeps the budget"
+            self._say(f"{100 * rung.int8_macs:.1f} % in INT8, {proof.n_good + proof.n_defect} images: {outcome}.")
+            low, high = (middle + 1, high) if violations else (low, middle)
+        return low
+
+    def _prove(self, prover: Prover, converted: Converted, what: str) -> Proof:
+        """Judge all images with the graph as it will be written."""
+        with opened(with_float16_rounding(converted.model), self._folder) as engine:
+            proof = prover.prove(engine.infer, f"{what}, ONNX Runtime", self._budget)
+        outcome = "; ".join(self._budget.violations(proof)) or "keeps the budget"
+        self._say(f"{what}, all {proof.n_good + proof.n_defect} images: {outcome}.")
+        return proof
+
+
+def _check(model: Path, out: Path, parts: Collection[str]) -> None:
+    for path in (model, out):
+        if path.suffix != ".onnx":
+            raise UsageError(f"{path}: expected a file name that ends in .onnx")
+    if out.resolve() == model.resolve():
+        raise UsageError(f"{out}: is the model itself; name another file for --out")
+    if out.is_dir():
+        raise OutputError(f"{out}: a folder is in the way")
+    if unknown := set(parts) - set(PARTS) or not parts:
+        raise UsageError(f"--parts: expected some of {', '.join(PARTS)}, got {unknown if parts else 'none'}")
+
+
+def _graph_sha256(model: onnx.ModelProto, folder: Path) -> str:
+    path = folder / "proved.onnx"
+    with atomic_write(path) as file:
+        file.write(model.SerializeToString(deterministic=True))
+    return graph_sha256(path)
+
+
+def _save(path: Path, model: onnx.ModelProto, spec: ModelSpec, record: Quantisation) -> None:
+    shipped = onnx.ModelProto()
+    shipped.CopyFrom(model)
+    onnx.helper.set_model_props(shipped, {SPEC_KEY: spec.dumps(), QUANTISATION_KEY: record.dumps()})
+    with atomic_write(path) as file:
+        file.write(shipped.SerializeToString(deterministic=True))
+    # Metadata is no part of the digest: this is the very graph that was proved, or nothing is written.
+    if graph_sha256(path) != record.graph_sha256:
+        raise GateError(f"{path.name}: is not the graph that was proved (SHA-256 differs); nothing was written")
+
+
+def _points(trials: Sequence[Trial], proof: Proof, budget: Budget) -> list[Point]:
+    points = []
+    for trial in trials:
+        judged = trial.proof or trial.search
+        kept = None if judged is None else not budget.violations(judged)
+        points.append(Point(trial.rung.int8_macs, max(trial.map_error, 1e-6), kept, trial.proof is proof))
+    return points

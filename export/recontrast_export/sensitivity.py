@@ -1,0 +1,132 @@
+"""What INT8 costs, block by block, and the graphs worth trying.
+
+    probe = Probe(reference, images, folder)
+    harms = block_harms(network, activations, "mse", probe)
+    for rung in ladder(network, harms): print(rung.int8_macs, rung.blocks)
+
+Rounding errors of different blocks hardly know of each other, so that their squares add up: one measurement a block
+predicts all combinations well enough to choose the few that are measured. Multiply-accumulates stand for time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+
+from recontrast_edge.engines import Engine
+from recontrast_edge.engines.onnx import OnnxEngine
+from recontrast_edge.images import atomic_write
+from recontrast_edge.preprocess import Image
+from recontrast_export.qdq import Int8Network
+from recontrast_export.ranges import METHODS, Activation, Method
+from recontrast_export.trt import Progress
+
+_PHASE = "Measuring blocks"
+
+_MAX_RUNGS = 10
+_STEP = 0.5
+"""Each rung leaves this share of the squared error of the one before."""
+
+
+class Probe:
+    """A few images to measure the map's error on.
+
+    Args:
+        reference: the FP32 model.
+        images: uint8, as ``Engine.infer`` takes them.
+        folder: for temporary files.
+    """
+
+    def __init__(self, reference: Engine, images: Sequence[Image], folder: Path) -> None:
+        self._images = images
+        self._folder = folder
+        self._maps = reference.infer(images).maps
+        self._spread = max(float(self._maps.std()), float(np.finfo(np.float32).tiny))
+
+    def error(self, model: onnx.ModelProto) -> float:
+        """Root mean square of the map's error, in standard deviations of the reference's maps."""
+        with opened(model, self._folder) as engine:
+            difference = engine.infer(self._images).maps - self._maps
+        return float(np.sqrt(np.mean(np.square(difference, dtype=np.float64)))) / self._spread
+
+
+@contextmanager
+def opened(model: onnx.ModelProto, folder: Path) -> Iterator[OnnxEngine]:
+    """Run a graph that is no file yet."""
+    path = folder / "candidate.onnx"
+    with atomic_write(path) as file:
+        file.write(model.SerializeToString(deterministic=True))
+    with OnnxEngine(path) as engine:
+        yield engine
+
+
+@dataclass(frozen=True)
+class Rung:
+    """A choice of blocks for INT8; predicted, not measured.
+
+    Attributes:
+        blocks: in INT8.
+        int8_macs: their share of all multiply-accumulates.
+        predicted_error: as ``Probe.error``.
+    """
+
+    blocks: tuple[str, ...]
+    int8_macs: float
+    predicted_error: float
+
+
+def method_errors(
+    network: Int8Network, blocks: Sequence[str], activations: Mapping[str, Activation], probe: Probe
+) -> dict[Method, float]:
+    """``Probe.error`` with these blocks in INT8, for each way to choose ranges."""
+    return {method: probe.error(network.quantised(blocks, activations, method)) for method in METHODS}
+
+
+def block_harms(
+    network: Int8Network,
+    blocks: Sequence[str],
+    activations: Mapping[str, Activation],
+    method: Method,
+    probe: Probe,
+    *,
+    progress: Progress | None = None,
+) -> dict[str, float]:
+    """Squared ``Probe.error`` with only this one block in INT8, for each of the blocks.
+
+    Args:
+        progress: told after each block.
+    """
+    harms = {}
+    if progress is not None:
+        progress.start(_PHASE, None, len(blocks))
+    for index, block in enumerate(blocks):
+        harms[block] = probe.error(network.quantised([block], activations, method)) ** 2
+        if progress is not None:
+            progress.step(_PHASE, index)
+    if progress is not None:
+        progress.finish(_PHASE)
+    return harms
+
+
+def ladder(network: Int8Network, harms: Mapping[str, float]) -> list[Rung]:
+    """From all blocks in INT8 to fewer, the greatest harm for a multiply-accumulate leaving first.
+
+    Each rung has at most half the squared error, as predicted, of the one before.
+    """
+    leaving = sorted(harms, key=lambda block: harms[block] / network.macs_of([block]), reverse=True)
+    rungs: list[Rung] = []
+    for index in range(len(leaving)):
+        kept = set(leaving[index:])
+        squared = sum(harms[block] for block in kept)
+        if rungs and squared > _STEP * rungs[-1].predicted_error ** 2:
+            continue
+        blocks = tuple(block for block in harms if block in kept)
+        rungs.append(Rung(blocks, network.macs_of(blocks) / network.macs, float(np.sqrt(squared))))
+        if len(rungs) == _MAX_RUNGS:
+            break
+    return rungs
