@@ -1,4 +1,4 @@
-"""Network streams through PyAV: RTSP, and what comes over HTTP (MJPEG, HLS).
+"""Network streams through PyAV: RTSP, and MJPEG over HTTP.
 
     open_stream("rtsp://admin@camera.local/stream1?credentials=env:CAMERA_LOGIN").read(timeout_s=1.0)
 
@@ -9,7 +9,6 @@ not the end of a queue. Where decoding cannot keep up, pictures are skipped up t
 from __future__ import annotations
 
 import difflib
-import errno
 import time
 from functools import partial
 from pathlib import Path
@@ -86,13 +85,14 @@ def _split_options(what: str, bare: str, uri: str) -> tuple[str, dict[str, str]]
 
 def _av_options(what: str, scheme: str, options: dict[str, str]) -> dict[str, str]:
     """FFmpeg's options: as little delay as it can give."""
-    av_options = {"fflags": "nobuffer", "protocol_whitelist": "http,https,httpproxy,tcp,tls,crypto"}
+    av_options = {"protocol_whitelist": "http,https,httpproxy,tcp,tls,crypto"}
     transport = options.get("transport", "tcp")
     if transport not in ("tcp", "udp"):
         raise UsageError(f"{what}: transport must be tcp or udp, got {transport!r}")
     if scheme.startswith("rtsp"):
         av_options["protocol_whitelist"] = "rtsp,rtsps,rtp,srtp,udp,tcp,tls"
         av_options["rtsp_transport"] = transport
+        av_options["fflags"] = "nobuffer"
         av_options["allowed_media_types"] = "video"
         # The description of the stream says all that a decoder must know.
         av_options["probesize"] = "32"
@@ -139,9 +139,9 @@ def _run(
         reason = str(getattr(error, "strerror", None) or error).splitlines()[0]
         if connected:
             reason = f"the server ended the stream ({reason})"
-        elif getattr(error, "errno", None) == errno.EIO:
+        else:
             certificate = ", the camera's certificate (ca_file)" if shown.startswith(("rtsps", "https")) else ""
-            reason += f"; check the host's name, the network{certificate}"
+            reason = f"cannot be opened ({reason}); check the host's name, the port, the network{certificate}"
     if refused:
         raise UsageError(f"{shown}: the camera refuses the user or the password; give both with credentials=env:NAME")
     if reason is not None:
