@@ -407,6 +407,14 @@ class TestParts:
         tiles = tiles_of(part_blocks(["a", "a", "b", "b"]), "lines=16&overlap=4&part=id")
         assert parts_of(tiles) == [("a", 0, 16, None, True), ("b", 16, 16, None, True)]
 
+    def test_a_tile_waits_for_one_block_at_most(self) -> None:
+        frames = [*part_blocks(["a", "a"]), None, *part_blocks(["a", "a", "a"])[2:], None]
+        source = LineScanSource(Blocks(frames), LineScanOptions.parse("test", "lines=16&overlap=0&part=id"), "blocks:")
+        assert source.read(0.05) is None
+        tile = source.read(0.05)
+        assert tile is not None
+        assert parts_of([tile]) == [("a", 0, 16, None, False)]
+
     def test_a_part_of_known_length_ends_at_once(self) -> None:
         query = "lines=12&overlap=4&part=id&part_lines=20"
         source = LineScanSource(
