@@ -83,8 +83,6 @@ class Camera:
         """It was RUNNING at least once."""
         self.done = False
         """Nothing more comes."""
-        self.reached_end = False
-        """It is done because the stream is over, or long enough."""
         self.error: Exception | None = None
         """What ended it."""
         self.reconnects = 0
@@ -136,7 +134,7 @@ class Camera:
     @property
     def tried(self) -> bool:
         """Whether it was opened, or could not be."""
-        return self.connected or self._failures > 0 or self.done
+        return self.connected or self.done or (self.plan.retry.wait_for_source and self._failures > 0)
 
     @property
     def live(self) -> bool:
@@ -157,21 +155,22 @@ class Camera:
             return self._state_change(self.state)
 
     def check(self, now_s: float) -> None:
-        """Notice silence and hanging drivers; called often."""
-        # A reader that waits for room in its lane holds the lock; its source can wait, so there is nothing to notice.
-        waits = self.plan.retry.wait_for_source and not self.connected
-        if not (self._live or waits) or not self._begun.is_set():
+        """Notice silence and hanging drivers; called often, and never waits."""
+        # A reader that waits for room in its lane holds the lock: then there is nothing to notice.
+        if not self._begun.is_set() or not self._lock.acquire(blocking=False):
             return
-        with self._lock:
-            if self.done or self._stopping:
+        try:
+            can_wait = self._source is not None and not self._live
+            if self.done or self._stopping or can_wait:
                 return
             self._check_silence(now_s)
             if self.state is SourceState.STALE and now_s - self._stale_s >= REOPEN_AFTER_S:
                 self._stale_s = math.inf
                 self._close_source(now_s)
-            hangs = now_s - self._closing_s >= CLOSE_LIMIT_S or now_s - self._opening_s >= OPEN_LIMIT_S
-            if hangs:
+            if now_s - self._closing_s >= CLOSE_LIMIT_S or now_s - self._opening_s >= OPEN_LIMIT_S:
                 self._replace_thread()
+        finally:
+            self._lock.release()
 
     def stop(self) -> None:
         """Stop reading; returns at once."""
@@ -408,7 +407,6 @@ class Camera:
             if generation != self._generation:
                 return
             self.error = error
-            self.reached_end = error is None and not self._stopping
             if error is not None and self._begun.is_set() and not self._has_enough():
                 self._capture(self._placeholder(Fault.SOURCE_FAILED.value, str(error)))
             if error is None:
@@ -444,12 +442,13 @@ class Camera:
 
     def _check_silence(self, now_s: float) -> None:
         silent_s = now_s - max(self._heard_s, getattr(self._source, "heard_s", None) or -math.inf)
-        if self.state in (SourceState.RUNNING, SourceState.FAULT):
-            limit_s = self._health.stale_after_s() if self.plan.watch is not None else math.inf
-        elif self.state is SourceState.CONNECTING and self._source is not None:
-            limit_s = FIRST_FRAME_S if not math.isinf(self._health.stale_after_s()) else math.inf
-        else:
-            limit_s = math.inf
+        limit_s = math.inf
+        if self._source is not None and self.plan.watch is not None:
+            limit_s = self._health.stale_after_s()
+            if self.state is SourceState.CONNECTING and not math.isinf(limit_s):
+                limit_s = FIRST_FRAME_S
+            elif self.state is SourceState.STALE:
+                limit_s = math.inf
         if silent_s > limit_s:
             self._set_state(SourceState.STALE, Fault.SOURCE_STALE, f"no frame for {silent_s:.2f} s")
         else:
