@@ -41,6 +41,7 @@ class _Candidate:
     """A file that may still be growing."""
 
     path: Path
+    inode: int
     stamp: tuple[int, int]
     """Size in bytes, and time of the last change in nanoseconds of the wall clock."""
     changed_s: float
@@ -91,7 +92,8 @@ class WatchSource:
         self._delete, self._target = self._aftermath(what, unquote(options.get("after", "keep")))
         self._closed = threading.Event()
         self._next_id = 0
-        self._seen: set[tuple[str, int]] = set()
+        self._seen: dict[str, tuple[int, tuple[int, int]]] = {}
+        """Name -> inode and stamp of the files that were taken, or are candidates."""
         self._candidates: dict[str, _Candidate] = {}
         self._complete: deque[tuple[_Candidate, bool]] = deque()
         self._listed_ns: int | None = None
@@ -132,6 +134,7 @@ class WatchSource:
                 candidate, broken = self._complete.popleft()
                 frame = self._frame(candidate, broken=broken)
                 if frame is not None:
+                    self._seen[candidate.path.name] = (candidate.inode, candidate.stamp)
                     self._put_away(candidate.path)
                     return frame
             left_s = give_up_s - time.monotonic()
@@ -167,19 +170,23 @@ class WatchSource:
 
     def _list(self) -> None:
         now_s = time.monotonic()
-        present: set[tuple[str, int]] = set()
+        present: dict[str, tuple[int, tuple[int, int]]] = {}
         try:
             with os.scandir(self._folder) as entries:
                 for entry in entries:
-                    key = (entry.name, entry.inode())
-                    if key in self._seen:
-                        present.add(key)
+                    name, inode = entry.name, entry.inode()
+                    known = self._seen.get(name)
+                    if known is not None and known[0] == inode:
+                        present[name] = known
                     elif self._wanted(entry):
-                        present.add(key)
-                        path = self._folder / entry.name
+                        path = self._folder / name
                         stamp = _stamp(path)
-                        if stamp is not None:
-                            self._candidates[entry.name] = _Candidate(path, stamp, now_s)
+                        if stamp is None:
+                            continue
+                        present[name] = (inode, stamp)
+                        # Some network file systems number the same file anew.
+                        if known is None or known[1] != stamp:
+                            self._candidates[name] = _Candidate(path, inode, stamp, now_s)
         except OSError as error:
             raise _gone(self._folder, error) from None
         self._seen = present

@@ -10,7 +10,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import cv2
@@ -161,6 +161,33 @@ def test_a_name_that_is_used_again_by_a_new_file(folder: Path, tmp_path: Path) -
         for value in (1, 2, 3):
             write(tmp_path / "next.png", value).replace(folder / "current.png")
             assert values(read(source, 1)) == [value]
+
+
+def test_file_numbers_that_change_by_themselves_bring_nothing_twice(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on network file systems that make them up."""
+    numbers = itertools.count()
+    scandir = os.scandir
+
+    class Renumbered:
+        def __init__(self, entry: os.DirEntry[str]) -> None:
+            self.name, self.is_file = entry.name, entry.is_file
+
+        def inode(self) -> int:
+            return next(numbers)
+
+    @contextmanager
+    def renumbering(path: Path) -> Iterator[Iterator[Renumbered]]:
+        with scandir(path) as entries:
+            yield map(Renumbered, entries)
+
+    monkeypatch.setattr(os, "scandir", renumbering)
+    with closing(open_source(f"watch:{folder}?settle_s=0.02")) as source:
+        for value in (1, 2, 3):
+            write(folder / f"{value}.png", value)
+            assert values(read(source, 1)) == [value]
+            assert source.read(0.1) is None
 
 
 def test_patterns_and_part_ids(folder: Path) -> None:
