@@ -39,6 +39,7 @@ from recontrast_edge.frame import Judgement, Merger, Sink, SourceState, StateCha
 from recontrast_edge.images import atomic_write
 from recontrast_edge.judging import JudgeThread
 from recontrast_edge.mailbox import Mailbox
+from recontrast_edge.secrets import mask
 from recontrast_edge.sink_thread import SinkThread
 from recontrast_edge.statistics import Statistics
 from recontrast_edge.supervise import Camera
@@ -141,7 +142,7 @@ class Line:
         """The run as one JSON-able object, as ``--summary`` writes it (``docs/artifacts.md``)."""
         return {
             "stopped_by": self.stopped_by,
-            "errors": [str(error) for error in self.errors],
+            "errors": [mask(str(error)) for error in self.errors],
             **self.statistics.summary(),
             "merged": dict(self._merged) or None,
             "cameras": [camera.summary() for camera in self.cameras],

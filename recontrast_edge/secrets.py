@@ -208,16 +208,15 @@ def _may_hold_userinfo(rest: str, authority: str) -> str:
     return rest.partition("?")[0] if _HOST_PORT.fullmatch(authority) else rest
 
 
+class _MaskedRecord(logging.LogRecord):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.msg, self.args = mask(self.getMessage()), None
+        if self.exc_info:
+            # A formatter takes this text instead of making its own.
+            self.exc_text = mask("".join(traceback.format_exception(*self.exc_info)).rstrip())
+
+
 def mask_logs() -> None:
     """Mask every record of Python's logging from now on, tracebacks included: those of libraries, too."""
-    make = logging.getLogRecordFactory()
-
-    def masked(*args: Any, **kwargs: Any) -> logging.LogRecord:
-        record = make(*args, **kwargs)
-        record.msg, record.args = mask(record.getMessage()), None
-        if record.exc_info:
-            # A formatter takes this text instead of making its own.
-            record.exc_text = mask("".join(traceback.format_exception(*record.exc_info)).rstrip())
-        return record
-
-    logging.setLogRecordFactory(masked)
+    logging.setLogRecordFactory(_MaskedRecord)

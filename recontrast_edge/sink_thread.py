@@ -13,6 +13,7 @@ from typing import Any
 from recontrast_edge.bounded import join
 from recontrast_edge.errors import OutputError
 from recontrast_edge.frame import Judgement, Sink, StateChange
+from recontrast_edge.secrets import mask
 
 SINK_JUDGEMENTS = 256
 """Judgements a sink may lag behind."""
@@ -146,7 +147,7 @@ class SinkThread:
             "uri": self.uri,
             "written": self.written,
             "dropped": self.dropped,
-            "error": None if self.error is None else str(self.error),
+            "error": None if self.error is None else mask(str(self.error)),
             "counters": dict(getattr(self._sink, "counters", {})),
         }
 

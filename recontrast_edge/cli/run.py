@@ -99,7 +99,7 @@ def run_command(
     outputs = output or []
     if len(set(outputs)) < len(outputs):
         raise UsageError("the same --output was given twice")
-    records_on_stdout = "jsonl:-" in outputs
+    records_on_stdout = any(uri.partition("?")[0] == "jsonl:-" for uri in outputs)
     openers = [sink_opener(uri) for uri in outputs]
     stop, statistics = Event(), Statistics()
     with ExitStack() as stack:
@@ -135,6 +135,8 @@ def run_command(
 
 def finish(line: Line, *, to_stderr: bool) -> None:
     """Say how the run ended, in one line, and end with the exit code that belongs to it."""
+    from recontrast_edge.secrets import mask
+
     statistics = line.statistics
     reason = line.stopped_by.replace("_", " ")
     typer.echo(f"{statistics.counts_line()}; {statistics.latency_line()}; stopped by {reason}", err=to_stderr)
@@ -142,7 +144,7 @@ def finish(line: Line, *, to_stderr: bool) -> None:
     errors = [error for error in line.errors if not isinstance(error, BrokenPipeError)]
     if errors:
         for error in errors[1:]:
-            typer.echo(f"error: {error}", err=True)
+            typer.echo(mask(f"error: {error}"), err=True)
         raise errors[0]
     if line.faults:
         raise typer.Exit(EXIT_FAULTS)

@@ -73,15 +73,17 @@ def _split(uri: str) -> tuple[str, str, str]:
 
 def _jsonl(uri: str, target: str, query: str) -> Opener:
     from recontrast_edge.sinks.jsonl import JsonlSink
+    from recontrast_edge.sinks.message import choice_option
 
     what = f"output {uri!r}"
-    options = parse_options(what, query, () if target == "-" else ("rotate_mb", "keep"))
+    options = parse_options(what, query, ("states",) if target == "-" else ("states", "rotate_mb", "keep"))
+    states = choice_option(what, "states", options.get("states", "no"), ("yes", "no")) == "yes"
     rotate_bytes = None
     if "rotate_mb" in options:
         rotate_bytes = round(1e6 * number_option(what, "rotate_mb", options["rotate_mb"], low=0.01, high=1e6))
     keep = whole_option(what, "keep", options.get("keep", "5"), low=1, high=9999)
     path = None if target == "-" else Path(target)
-    return lambda _input_spec: JsonlSink(path, rotate_bytes=rotate_bytes, keep=keep)
+    return lambda _input_spec: JsonlSink(path, rotate_bytes=rotate_bytes, keep=keep, states=states)
 
 
 def _video(uri: str, target: str, query: str) -> Opener:

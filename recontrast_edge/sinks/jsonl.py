@@ -37,6 +37,7 @@ class JsonlSink:
     Args:
         rotate_bytes: when the file would become larger, it becomes ``FILE.1``, that one ``FILE.2``, and so on.
         keep: files of that kind; older ones are replaced.
+        states: also write the cameras' changes of state.
 
     Raises:
         OutputError: the file cannot be opened, is written by another process, or holds something else.
@@ -44,13 +45,16 @@ class JsonlSink:
 
     needs_maps = False
 
-    def __init__(self, path: Path | None, *, rotate_bytes: int | None = None, keep: int = 5) -> None:
+    def __init__(
+        self, path: Path | None, *, rotate_bytes: int | None = None, keep: int = 5, states: bool = False
+    ) -> None:
         self.uri = f"jsonl:{'-' if path is None else path}"
         self.counters = {"mended": 0}
         self._outage = Outage(self.uri, "records", self.counters)
         self._path = path
         self._rotate_bytes = rotate_bytes
         self._keep = keep
+        self._states = states
         self._closed = False
         if path is None:
             # Unbuffered and not closed by us: what print wrote before must come before.
@@ -75,8 +79,9 @@ class JsonlSink:
         self._append(judgement.record())
 
     def write_state(self, change: StateChange) -> None:
-        """Append a camera's change of state; raises as ``write``."""
-        self._append(change.record())
+        """Append a camera's change of state, where that is wanted; raises as ``write``."""
+        if self._states:
+            self._append(change.record())
 
     def _append(self, record: dict[str, Any]) -> None:
         if self._outage.holds():

@@ -15,12 +15,21 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from recontrast_edge.frame import Judgement, VerdictName
+from recontrast_edge.frame import Judgement, SourceState, StateChange, VerdictName
 from recontrast_edge.latency import PERCENTILES
 from recontrast_edge.render import describe
+from recontrast_edge.secrets import mask
 from recontrast_edge.statistics import Statistics
 
 STYLES: dict[VerdictName, str] = {"PASS": "green", "REJECT": "bold red", "FAULT": "bold yellow"}
+
+STATE_STYLES = {
+    SourceState.CONNECTING: "yellow",
+    SourceState.RUNNING: "green",
+    SourceState.STALE: "bold yellow",
+    SourceState.FAULT: "bold yellow",
+    SourceState.ENDED: "dim",
+}
 
 LAST_FRAMES = 10
 REFRESH_HZ = 5
@@ -48,6 +57,7 @@ class TerminalView:
         self._title = title
         self._last: deque[Judgement] = deque(maxlen=LAST_FRAMES)
         self._console = Console(stderr=to_stderr, highlight=False)
+        self._in_trouble: set[str | None] = set()
         self._live: Live | None = None
         self._status_s = time.monotonic()
         if self._console.is_terminal:
@@ -69,6 +79,13 @@ class TerminalView:
             self._status_s = time.monotonic()
             self._print(self._statistics.counts_line())
 
+    def write_state(self, change: StateChange) -> None:
+        """See ``Sink``; a terminal shows the states all the time, plain lines tell of trouble and its end."""
+        in_trouble = change.fault is not None
+        if self._live is None and (in_trouble or change.camera in self._in_trouble):
+            self._print(_state_line(change))
+        (self._in_trouble.add if in_trouble else self._in_trouble.discard)(change.camera)
+
     def _print(self, line: str) -> None:
         self._console.print(line, markup=False, soft_wrap=True)
 
@@ -79,8 +96,14 @@ class TerminalView:
             self._live = None
 
     def _render(self) -> Panel:
+        # A copy, because another thread may be adding a camera.
+        states = [
+            Text(_state_line(change), style=STATE_STYLES[change.state])
+            for change in list(self._statistics.states.values())
+        ]
+        counts = Text(self._statistics.counts_line())
         return Panel(
-            Group(Text(self._statistics.counts_line()), Text(), self._latency_table(), Text(), self._last_table()),
+            Group(counts, *states, Text(), self._latency_table(), Text(), self._last_table()),
             title=Text(self._title),
             title_align="left",
             expand=False,
@@ -113,6 +136,13 @@ class TerminalView:
                 f"{judgement.latency_ms.get('total', 0.0):.1f}",
             )
         return table
+
+
+def _state_line(change: StateChange) -> str:
+    """``left: STALE since 12 s, source_stale: no frame for 1.0 s``."""
+    name = change.camera or change.source
+    because = "" if change.fault is None else f", {change.fault}: {mask(change.detail or '')}"
+    return f"{name}: {change.state.value} since {time.monotonic() - change.time_s:.0f} s{because}"
 
 
 def _bar(judgement: Judgement) -> Text:

@@ -297,10 +297,11 @@ class TestJsonl:
 
     def test_states_are_records_of_their_own(self, tmp_path: Path) -> None:
         path = tmp_path / "records.jsonl"
-        with closing(opened(f"jsonl:{path}")) as sink:
-            sink.write(passed(0))
-            sink.write_state(state("STALE", fault="source_stale"))
-        assert [record.get("type") for record in lines(path)] == [None, "state"]
+        for states in ("no", "yes"):
+            with closing(opened(f"jsonl:{path}?states={states}")) as sink:
+                sink.write(passed(0))
+                sink.write_state(state("STALE", fault="source_stale"))
+        assert [record.get("type") for record in lines(path)] == [None, None, "state"]
 
     def test_rotation_keeps_so_many_files_and_loses_nothing_in_between(self, tmp_path: Path) -> None:
         path = tmp_path / "records.jsonl"
@@ -491,6 +492,30 @@ class TestTerminal:
             "REJECT  #1  1.600 > 1.000  truth defect",
             "FAULT   #2  unreadable_image",
         ]
+
+    def test_states(self, monkeypatch, capsys: pytest.CaptureFixture[str]) -> None:
+        change = state("STALE", camera="left", fault="source_stale")
+        view = TerminalView(Statistics(), title="test", to_stderr=False)
+        for each in (
+            state("RUNNING", camera="left"),
+            change,
+            state("RUNNING", camera="left"),
+            state("ENDED", camera="left"),
+        ):
+            view.write_state(each)
+        view.close()
+        assert capsys.readouterr().out.splitlines() == [
+            "left: STALE since 0 s, source_stale: no frame for 1.0 s",
+            "left: RUNNING since 0 s",
+        ]
+        monkeypatch.setenv("FORCE_COLOR", "1")
+        monkeypatch.setenv("TTY_COMPATIBLE", "1")
+        statistics = Statistics()
+        statistics.states["left"] = change
+        view = TerminalView(statistics, title="test", to_stderr=False)
+        view.write_state(change)
+        view.close()
+        assert capsys.readouterr().out.count("left: STALE since 0 s, source_stale: no frame for 1.0 s") >= 1
 
     def test_live_table_on_a_terminal(self, monkeypatch, capsys: pytest.CaptureFixture[str]) -> None:
         monkeypatch.setenv("FORCE_COLOR", "1")

@@ -11,12 +11,15 @@ import ipaddress
 import json
 import logging
 import math
+import os
 import re
 import shutil
+import signal
 import socket
 import ssl
 import struct
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Coroutine, Iterator
@@ -227,8 +230,6 @@ class TestMqtt:
             "sink = MqttSink('127.0.0.1', int(sys.argv[1]), 'line'); time.sleep(60)"
         )
         with broker.listener() as heard:
-            import sys
-
             process = subprocess.Popen([sys.executable, "-c", script, str(broker.port)])
             try:
                 wait_for(lambda: topics(heard, "/status") == ["online"], 30.0)
@@ -342,7 +343,8 @@ class TestMqtt:
             ("mqtt://host/a?ca=x", "unknown option 'ca'"),
             ("mqtt://host/a?which=good", "one of all"),
             ("mqtts://host/a?cert=x", "belong together"),
-            (f"mqtt://a:{CANARY}@host/a?quue=3", "did you mean"),
+            (f"mqtt://a:{CANARY}@host/a?quue=3", "percent-encode"),
+            (f"mqtt://a:{ENCODED_CANARY}@host/a?quue=3", "did you mean"),
         ],
     )
     def test_bad_uris_say_what_is_wrong(self, uri: str, message: str) -> None:
@@ -867,6 +869,95 @@ class TestWebhook:
     def test_bad_uris_say_what_is_wrong(self, uri: str, message: str) -> None:
         with pytest.raises(UsageError, match=message):
             sink_opener(uri)
+
+
+# All of it, from the command line
+
+
+def test_no_password_is_shown_whatever_fails(tiny_model: Path, tmp_path: Path, pki: Path, monkeypatch) -> None:
+    """Refused connection, wrong password, failed TLS; from the URI, the environment and a file; and a broker that hangs
+    does not keep SIGTERM from ending it all in time."""
+    secret_file = tmp_path / "login"
+    secret_file.write_text(f"line1:{CANARY}")
+    secret_file.chmod(0o600)
+    with_tls = f"allow_anonymous true\ncertfile {pki}/elsewhere.pem\nkeyfile {pki}/elsewhere-key.pem"
+    brokers = [make_broker(tmp_path / "closed", more="allow_anonymous false"), make_broker(tmp_path / "open")]
+    brokers.append(make_broker(tmp_path / "tls", more=with_tls))
+    for broker in brokers:
+        broker.start()
+    closed, hanging, tls = brokers
+    outputs = [
+        f"mqtt://line1:{ENCODED_CANARY}@127.0.0.1:{free_port()}/refused",
+        f"mqtt://127.0.0.1:{closed.port}/wrong?credentials=env:CANARY_LOGIN",
+        f"mqtt://127.0.0.1:{hanging.port}/hangs?credentials=file:{quote(str(secret_file))}",
+        f"mqtts://127.0.0.1:{tls.port}/tls?credentials=file:{quote(str(secret_file))}&ca={pki}/ca.pem",
+        f"webhook:http://line1:{ENCODED_CANARY}@127.0.0.1:{free_port()}/hook?which=all",
+        f"webhook:https://127.0.0.1:{tls.port}/hook?which=all&credentials=env:CANARY_LOGIN&auth=bearer",
+        f"opcua://line1:{ENCODED_CANARY}@127.0.0.1:{free_port()}",
+        f"modbus://127.0.0.1:{free_port()}/1",
+        f"jsonl:{tmp_path}/out/r.jsonl",
+    ]
+    command = [sys.executable, "-m", "recontrast_edge", "run", "--engine", str(tiny_model), "--threads", "1"]
+    command += ["--source", "synthetic://mixed?fps=30&size=64x64", "--summary", f"{tmp_path}/out/summary.json"]
+    command += [argument for output in outputs for argument in ("--output", output)]
+    environment = {**os.environ, "CANARY_LOGIN": f"line1:{CANARY}", "PYTHONPATH": os.pathsep.join(sys.path)}
+    log = (tmp_path / "log").open("wb")
+    with subprocess.Popen(command, stdout=log, stderr=log, env=environment) as process:
+        records = tmp_path / "out" / "r.jsonl"
+        wait_for(lambda: records.exists() and records.read_text().count("\n") > 40, 60.0)
+        assert hanging.process is not None
+        hanging.process.send_signal(signal.SIGSTOP)
+        time.sleep(0.5)
+        process.send_signal(signal.SIGTERM)
+        stopped_s = time.monotonic()
+        # The interpreter's own end comes after that.
+        wait_for((tmp_path / "out" / "summary.json").exists)
+        took_s = time.monotonic() - stopped_s
+        process.wait(60.0)
+    log.close()
+    for broker in brokers:
+        broker.stop()
+    shown = (tmp_path / "log").read_text()
+    assert process.returncode == 0, shown
+    assert took_s < 5.0
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["stopped_by"] == "signal"
+    states = [output["counters"] for output in summary["outputs"]]
+    assert [counters.get("connected") for counters in states[:4]] == [0, 0, 0, 0]
+    assert all(counters["dropped"] > 0 for counters in states[:2])
+    for reason in ("Connection refused", "the broker refuses the connection", "certificate verify failed"):
+        assert reason in shown
+    looked_at = [path for path in (tmp_path / "log", *(tmp_path / "out").iterdir())]
+    for text in (path.read_text() for path in looked_at):
+        for spelling in (CANARY, ENCODED_CANARY, quote(CANARY), json.dumps(CANARY)[1:-1]):
+            assert spelling not in text
+
+
+@pytest.mark.soak
+def test_a_broker_that_is_gone_for_a_minute_costs_no_memory(broker: Broker) -> None:
+    """At 200 judgements a second: once the queue is full, the process does not grow."""
+    gone_s = float(os.environ.get("RECONTRAST_SOAK_BROKER_S", "60"))
+
+    def resident_mib() -> float:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+    with closing(opened(f"mqtt://127.0.0.1:{broker.port}/line")) as sink:
+        wait_for(lambda: sink.counters["connected"])
+        broker.stop()
+        started_s, written, resident = time.monotonic(), 0, 0.0
+        while time.monotonic() - started_s < gone_s:
+            sink.write(rejected(written))
+            written += 1
+            time.sleep(0.005)
+            if written == 2000:
+                resident = resident_mib()
+        assert resident > 0, "RECONTRAST_SOAK_BROKER_S is too short"
+        assert resident_mib() - resident < 5.0
+        assert sink.counters["dropped"] == written - 1000
+        broker.start()
+        assert wait_for(lambda: sink.counters["connected"]) < 2.0
+        wait_for(lambda: sink.counters["delivered"] == 1 + 1000 + 1)
 
 
 # The page about outputs
