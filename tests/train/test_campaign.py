@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,14 @@ pytest.importorskip("torch", reason="needs the train extra")
 
 from recontrast_edge.cli import main
 from recontrast_edge.errors import InputError, UsageError
+from recontrast_train import training
 from recontrast_train.campaign import train_all
+from recontrast_train.fit import TrainingStoppedError, fit
 from recontrast_train.run import load_run
 from recontrast_train.training import TrainOptions
 from tests import archives
 
-TINY = {"backbone": "resnet18", "size_wh": [64, 64], "resize_wh": None, "iterations": 2, "batch": 2}
+TINY = {"backbone": "resnet18", "size_wh": [64, 64], "resize_wh": None, "iterations": 3, "batch": 2}
 
 
 def options(data: Path, out: Path, recipe: str = "default", **changes: Any) -> TrainOptions:
@@ -61,8 +64,17 @@ def mvtec(tmp_path: Path) -> Path:
     return archives.mvtec(tmp_path / "mvtec")
 
 
-def test_categories_one_by_one(mvtec: Path, tmp_path: Path) -> None:
+def test_categories_one_by_one(mvtec: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One category's image is damaged: the other is trained, and nothing that is done is done again."""
+
+    def fit_and_stop(*arguments: Any, **options: Any) -> Any:
+        def stop(done: int, loss: float | None) -> None:
+            # The second signal would end the tests.
+            if done == 1:
+                signal.raise_signal(signal.SIGTERM)
+
+        return fit(*arguments, **{**options, "on_iteration": stop})
+
     out = tmp_path / "runs"
     damaged = mvtec / "bottle" / "train" / "good" / "002.png"
     whole = damaged.read_bytes()
@@ -78,6 +90,11 @@ def test_categories_one_by_one(mvtec: Path, tmp_path: Path) -> None:
         train_all(options(mvtec, out, "mvtec"))
     assert not (out / "bottle" / "model.safetensors").exists()
     trained = [(out / "screw" / name).stat().st_mtime_ns for name in ("model.safetensors", "metrics.json")]
+    with monkeypatch.context() as patched:
+        patched.setattr(training, "fit", fit_and_stop)
+        with pytest.raises(TrainingStoppedError, match="stopped after 2 of 3"):
+            train_all(options(mvtec, out, "mvtec", resume=True))
+    assert (out / "bottle" / "checkpoint.safetensors").exists()
     train_all(options(mvtec, out, "mvtec", resume=True))
     assert [(out / "screw" / name).stat().st_mtime_ns for name in ("model.safetensors", "metrics.json")] == trained
 
