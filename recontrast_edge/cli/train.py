@@ -22,7 +22,7 @@ def train_command(
         "default",
         "--recipe",
         help="default, mvtec, visa, mvtec-stable, visa-stable, mvtec-multiclass, visa-multiclass, aptos, oct2017, "
-        "isic2018, demo, or path to a .toml file.",
+        "isic2018, edge, demo, or path to a .toml file.",
     ),
     backbone: str | None = typer.Option(
         None,
