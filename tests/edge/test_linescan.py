@@ -730,6 +730,12 @@ class TestMerging:
         ]
         assert merged[1].detail == "lines 16 to 31 were never judged"
 
+    def test_a_tile_that_never_came_in_the_middle_of_a_stretch(self) -> None:
+        tiles = web_tiles(48, "lines=16&overlap=0")
+        merger = TileMerger(length=48)
+        (merged,) = [m for tile in (tiles[0], tiles[2]) for m in merger.add(passed(tile))]
+        assert (merged.verdict, merged.detail) == ("FAULT", "lines 16 to 31 were never judged")
+
     def test_a_web_of_numbered_parts(self) -> None:
         merger = open_merger("blocks:?lines=16&overlap=4&part_lines=20&merge=part")
         assert merger is not None
