@@ -25,6 +25,8 @@ from recontrast_edge.sources.gentl import producer_folders
 TIMEOUT_S = 30.0
 """Producers look on all networks, one after the other."""
 
+DEVICES = Path("/dev")
+
 
 @dataclass(frozen=True)
 class FoundCamera:
@@ -115,7 +117,7 @@ def _v4l2() -> list[FoundCamera]:
     from recontrast_edge.sources.v4l2 import offered_formats
 
     found = []
-    numbered = sorted(Path("/dev").glob("video[0-9]*"), key=lambda path: (len(path.name), path.name))
+    numbered = sorted(DEVICES.glob("video[0-9]*"), key=lambda path: (len(path.name), path.name))
     for device in numbered:
         label = Path("/sys/class/video4linux", device.name, "name")
         name = label.read_text(errors="replace").strip() if label.is_file() else "unnamed"

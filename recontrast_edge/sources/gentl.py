@@ -289,11 +289,16 @@ class GenTLCamera:
 
     def close(self) -> None:
         """See ``Camera``."""
-        with suppress(*self._errors):
-            self._acquirer.destroy()
+        adapter = getattr(self._acquirer, "_chunk_adapter", None)
+        with suppress(*self._errors), self._acquirer:
+            # Leaving it is more than `destroy`, after which it would stay in memory for ever.
+            pass
+        with suppress(*self._errors, AttributeError):
+            # So would this one, with all nodes of the camera, as of genicam 1.6.
+            adapter._finalizer()
         del self._acquirer, self._nodes
         _release(self._path)
-        # Harvesters' objects refer to each other; dozens of MB of buffers would wait for Python to look for such.
+        # What is left refers to itself; dozens of MB of buffers would wait for Python to look for such.
         gc.collect()
 
 
