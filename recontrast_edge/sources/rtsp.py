@@ -122,6 +122,7 @@ def _run(
 
     reason: str | None = None
     refused = connected = False
+    asked_s = time.monotonic()
     try:
         with av.open(address, options=options, timeout=(open_timeout_s, read_timeout_s)) as container:
             if not container.streams.video:
@@ -139,6 +140,9 @@ def _run(
         reason = str(getattr(error, "strerror", None) or error).splitlines()[0]
         if connected:
             reason = f"the server ended the stream ({reason})"
+        elif time.monotonic() - asked_s >= open_timeout_s:
+            # FFmpeg takes no answer for a bad one.
+            reason = f"no answer within {open_timeout_s:g} s"
         else:
             certificate = ", the camera's certificate (ca_file)" if shown.startswith(("rtsps", "https")) else ""
             reason = f"cannot be opened ({reason}); check the host's name, the port, the network{certificate}"
