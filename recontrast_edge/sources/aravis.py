@@ -227,7 +227,7 @@ class AravisFeature:
     def writable(self) -> bool:
         """See ``Feature``."""
         device, name = self._device, self._name
-        # Before 0.8.27 the access mode of a feature is that of its last register, so that only RO can be believed.
+        # Aravis 0.8.26 says WO of what can be read as well, so that only RO is believed.
         read_only = device.get_feature_access_mode(name) == self._aravis.GcAccessMode.RO
         return not read_only and bool(self._call(partial(device.is_feature_available, name)))
 

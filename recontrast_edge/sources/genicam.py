@@ -365,7 +365,7 @@ class FrameIds:
         self._unwrapped = 0
 
     def next(self, device_id: int | None) -> tuple[int | None, int]:
-        """The next frame's number, None as long as the device gave none, and how many frames were lost before it.
+        """The next frame's number, None where the device does not tell, and how many frames were lost before it.
 
         Args:
             device_id: None where this one buffer has none; it then counts as the one that was due.
@@ -379,6 +379,9 @@ class FrameIds:
             self._unwrapped += 1
             return self._unwrapped, 0
         step = device_id - self._device_id
+        if step == 0:
+            # Always the same, mostly 0: it does not count.
+            return None, 0
         # One more than the limit: counted on above, for a buffer without an id.
         if step < 0 and self._device_id <= ID_LIMIT + 1:
             step %= ID_LIMIT

@@ -55,7 +55,7 @@ class TestFrameIds:
 
     def test_a_device_that_counts_anew_or_not_at_all_has_lost_nothing(self) -> None:
         assert self.run(40_000, 1, 2) == [(40_000, 0), (40_001, 0), (40_002, 0)]
-        assert self.run(0, 0, 0) == [(0, 0), (1, 0), (2, 0)]
+        assert self.run(0, 0, 0) == [(0, 0), (None, 0), (None, 0)]
         assert self.run(None, None) == [(None, 0), (None, 0)]
         assert self.run(1, 10**9) == [(1, 0), (2, 0)]
 
