@@ -27,7 +27,7 @@ def held() -> tuple[int, int]:
 
 
 def assert_reopening_leaves_nothing(use: Callable[[], None], *, times: int) -> None:
-    """``use`` opens, uses and closes. Libraries keep what the first uses needed, and a heap for each of some threads."""
+    """``use`` opens, uses and closes. Libraries keep what the first uses needed, and heaps for some of the threads."""
     for _ in range(max(3, times // 3)):
         use()
     gc.collect()
