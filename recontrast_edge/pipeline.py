@@ -19,6 +19,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 import signal
 import threading
 import time
@@ -57,6 +58,9 @@ JUDGES_LEFT_S = 2.5
 SINKS_LEFT_S = 3.8
 """Counted from a stop: when sources that have not come back are closed, and left behind; when frames that wait are
 dropped, and engines left behind; when outputs are left behind. A line must be down within 5 s."""
+
+SAME_REQUEST_S = 0.2
+"""Signals that come together are one."""
 
 STATUS_INTERVAL_S = 5.0
 """How often systemd is told the counts."""
@@ -206,6 +210,7 @@ class Line:
         notifier = Notifier()
         try:
             for camera in self.cameras:
+                camera.statistics.started_s = self.statistics.started_s
                 self._changed(camera.change())
                 camera.begin()
             for judge in self._judges:
@@ -260,7 +265,8 @@ class Line:
 
     def _put(self, judgements: Iterable[Judgement], *, merged: bool) -> None:
         for judgement in judgements:
-            self._merged[judgement.verdict] += merged
+            if merged:
+                self._merged[judgement.verdict] += 1
             for sink in self._sinks:
                 sink.put(judgement)
 
@@ -437,11 +443,15 @@ def stop_on_signals(stop: threading.Event) -> Iterator[None]:
 
     Only for the main thread, which is the only one that Python gives signals to.
     """
+    asked_s: list[float] = []
 
-    def handle(_number: int, _frame: FrameType | None) -> None:
+    def handle(number: int, _frame: FrameType | None) -> None:
+        asked_s.append(time.monotonic())
         stop.set()
-        for number in before:
+        # Tools such as `timeout` send theirs to the process and to its group: that is one request.
+        if asked_s[-1] - asked_s[0] > SAME_REQUEST_S:
             signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
 
     before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
