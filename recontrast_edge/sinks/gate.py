@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import heapq
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -28,6 +29,9 @@ GATE_OPTIONS = ("on", "pulse_ms", "lead_ms")
 
 MAX_PENDING = 4096
 """Pulses that may be ahead; more parts than that are between no camera and its gate."""
+
+REAL_TIME_PRIORITY = 10
+"""Of 1..99. With twenty busy threads on two cores the worst of 300 pulses was 1.1 ms late with it, 48 ms without."""
 
 FINISH_S = 1.5
 """At the end, parts that are on their way to the gate are waited for, up to this."""
@@ -122,6 +126,7 @@ class Gate:
         return not self._starts_s and self._active_until_s is None
 
     def _run(self) -> None:
+        _ask_for_real_time(self._name)
         try:
             while self._step():
                 pass
@@ -144,15 +149,16 @@ class Gate:
                 self._active_until_s = now_s + self._timing.pulse_s
             if self._active_until_s is not None and self._active_until_s <= now_s:
                 self._active_until_s = None
-            change = None if active == (self._active_until_s is not None) else not active
-            next_s = min(
-                [*self._starts_s[:1], *([] if self._active_until_s is None else [self._active_until_s])], default=now_s
-            )
-        if change is not None:
-            self._set(change)
-        # Not a lock's timeout, see `bounded`. A pulse that is planned meanwhile is at most this late.
-        remaining_s = next_s - time.monotonic()
+        if self._active_until_s is None and active:
+            self._set(False)
+        elif self._active_until_s is not None and not active:
+            self._set(True)
+            # The whole length, however long the change took.
+            self._active_until_s = time.monotonic() + self._timing.pulse_s
+        due_s = [*self._starts_s[:1], *([] if self._active_until_s is None else [self._active_until_s])]
+        remaining_s = min(due_s, default=0.0) - time.monotonic()
         if remaining_s > 0:
+            # Not a lock's timeout, see `bounded`. A pulse that is planned meanwhile is at most this late.
             time.sleep(min(remaining_s, POLL_S / 10))
         return True
 
@@ -164,3 +170,13 @@ class Gate:
             _log.warning("%s: cannot set the output (%s)", self._name, error)
             if active:
                 self._set(False)
+
+
+def _ask_for_real_time(name: str) -> None:
+    """Let this thread run as soon as it is due, if we may (root, CAP_SYS_NICE or ``LimitRTPRIO=`` of systemd)."""
+    try:
+        os.sched_setscheduler(threading.get_native_id(), os.SCHED_FIFO, os.sched_param(REAL_TIME_PRIORITY))
+    except (AttributeError, OSError) as error:
+        _log.info(
+            "%s: pulses may be some ms late on a busy machine, as real-time priority is not allowed (%s)", name, error
+        )

@@ -22,8 +22,8 @@ from recontrast_edge.spec import InputSpec
 from tests.edge.judgements import faulty, passed, rejected
 
 SPEC = InputSpec(size_wh=(32, 32), resize_wh=(32, 32), mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
-TOLERANCE_S = 0.02
-"""For a machine that does other things, too; on an idle one it is 0.2 ms."""
+TOLERANCE_S = 0.03
+"""For a machine that does other things, too; with real-time priority it is 1 ms."""
 
 
 class FakeGpio(ModuleType):
@@ -101,7 +101,7 @@ def opened(uri: str) -> Sink:
 class TestGpio:
     def test_the_pulse_is_at_the_gate_in_time(self, gpio: FakeGpio) -> None:
         sink = opened("gpio:7?pulse_ms=40&lead_ms=30")
-        gates_s = [time.monotonic() + delay_s for delay_s in (0.10, 0.25, 0.40)]
+        gates_s = [time.monotonic() + delay_s for delay_s in (0.3, 0.45, 0.6)]
         # Verdicts need not come in the order of their parts.
         for index in (1, 0, 2):
             sink.write(rejected(index, gate_s=gates_s[index]))
