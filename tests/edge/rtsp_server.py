@@ -42,7 +42,7 @@ class Camera(GstRtspServer.RTSPMediaFactory):
 
     def do_configure(self, media):
         appsrc = media.get_element().get_child_by_name("camera")
-        count = 0
+        count, gone = 0, False
 
         def push():
             nonlocal count
@@ -50,10 +50,16 @@ class Camera(GstRtspServer.RTSPMediaFactory):
             if count in (0, self.change_after):
                 caps = f"video/x-raw,format=I420,width={width},height={height},framerate={self.fps}/1"
                 appsrc.set_property("caps", Gst.Caps.from_string(caps))
-            count += 1
-            return appsrc.emit("push-buffer", Gst.Buffer.new_wrapped(picture(width, height))) == Gst.FlowReturn.OK
+            # Refused before the pipeline has been started.
+            if appsrc.emit("push-buffer", Gst.Buffer.new_wrapped(picture(width, height))) == Gst.FlowReturn.OK:
+                count += 1
+            return not gone
 
-        # Ends when nothing takes the pictures any more.
+        def end(_media):
+            nonlocal gone
+            gone = True
+
+        media.connect("unprepared", end)
         GLib.timeout_add(1000 // self.fps, push)
 
 
