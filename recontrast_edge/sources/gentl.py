@@ -289,13 +289,14 @@ class GenTLCamera:
 
     def close(self) -> None:
         """See ``Camera``."""
-        adapter = getattr(self._acquirer, "_chunk_adapter", None)
+        forget_adapter = getattr(getattr(self._acquirer, "_chunk_adapter", None), "_finalizer", None)
         with suppress(*self._errors), self._acquirer:
             # Leaving it is more than `destroy`, after which it would stay in memory for ever.
             pass
-        with suppress(*self._errors, AttributeError):
+        if forget_adapter is not None:
             # So would this one, with all nodes of the camera, as of genicam 1.6.
-            adapter._finalizer()
+            with suppress(*self._errors):
+                forget_adapter()
         del self._acquirer, self._nodes
         _release(self._path)
         # What is left refers to itself; dozens of MB of buffers would wait for Python to look for such.
