@@ -103,7 +103,7 @@ class Mortal(FakeSource):
 
     def _frame(self, index: int) -> Frame | None:
         if time.monotonic() < self._dies_s:
-            return Frame(index, "mortal", np.dstack([np.tile(picture(GOOD, index), (8, 8))] * 3), time.monotonic())
+            return Frame(index, "mortal", np.dstack([picture(GOOD, index)] * 3), time.monotonic())
         if not self._silent:
             raise SourceError("the cable was pulled")
         self.closed.wait(0.1)
