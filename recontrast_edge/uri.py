@@ -91,4 +91,10 @@ def host_port(what: str, text: str, *, default_port: int) -> tuple[str, int]:
     port = default_port if match is None or match[2] is None else int(match[2])
     if match is None or not 1 <= port <= 65535:
         raise UsageError(f"{what}: expected HOST or HOST:PORT with a port from 1 to 65535, got {text!r}")
-    return match[1].strip("[]"), port
+    host = match[1].strip("[]")
+    try:
+        # As the resolver will, on a thread where nobody expects an error.
+        host.encode("idna")
+    except UnicodeError as error:
+        raise UsageError(f"{what}: {host!r} cannot be a host's name ({error})") from None
+    return host, port

@@ -208,7 +208,6 @@ class ModbusSink:
 
     async def _serve(self) -> None:
         from pymodbus.client import AsyncModbusTcpClient
-        from pymodbus.exceptions import ModbusException
 
         host, port = self._address
         while True:
@@ -218,7 +217,8 @@ class ModbusSink:
                     await self._drive(client)
                 else:
                     self._say("cannot connect; trying again")
-            except (ModbusException, OSError) as error:
+            except Exception as error:
+                # Whatever the PLC or the library did: a gate must not be given up.
                 self._say(f"connection lost ({error}); trying again")
             finally:
                 client.close()

@@ -339,6 +339,7 @@ class TestMqtt:
             ("mqtt://host:0/a", "port from 1 to 65535"),
             ("mqtt://host:1883x/a", "port from 1 to 65535"),
             ("mqtt:///a", "HOST"),
+            ("mqtt://a..b/a", "host's name"),
             ("mqtt://host/a?quue=3", "did you mean 'queue'"),
             ("mqtt://host/a?ca=x", "unknown option 'ca'"),
             ("mqtt://host/a?which=good", "one of all"),
