@@ -137,6 +137,7 @@ class Line:
                 )
                 for plan in plans
             ]
+        self._watcher = 0
         self._connecting = False
         self._closed = False
 
@@ -195,6 +196,7 @@ class Line:
         """
         if not self._connecting:
             self.connect()
+        self._watcher = threading.get_ident()
         self.statistics.started_s = time.monotonic()
         # A live source cannot wait for an output, but a file can.
         wait = all(camera.connected and not camera.live and camera.mode == "every" for camera in self.cameras)
@@ -264,11 +266,13 @@ class Line:
             self._put(verdicts, merged=merged or self._merger is not None)
 
     def _put(self, judgements: Iterable[Judgement], *, merged: bool) -> None:
+        # The thread that watches over the others must not wait for an output, which may hang.
+        may_wait = threading.get_ident() != self._watcher
         for judgement in judgements:
             if merged:
                 self._merged[judgement.verdict] += 1
             for sink in self._sinks:
-                sink.put(judgement)
+                sink.put(judgement, may_wait=may_wait)
 
     def _changed(self, change: StateChange) -> None:
         self.statistics.states[change.camera] = change
@@ -417,12 +421,19 @@ class Line:
             sink.release()
 
     def _flush_mergers(self) -> None:
+        for camera in self.cameras:
+            if camera.plan.merger is not None:
+                for judgement in camera.plan.merger.flush():
+                    self._write_last(judgement, self._write)
+        if self._merger is not None:
+            for judgement in self._merger.flush():
+                self._write_last(judgement, self._put)
+
+    def _write_last(self, judgement: Judgement, write: Callable[..., None]) -> None:
+        """As soon as the outputs that may be waited for have room."""
+        self._wait(lambda: all(sink.takes(judgement) for sink in self._sinks), JUDGES_LEFT_S)
         with self._delivery:
-            for camera in self.cameras:
-                if camera.plan.merger is not None:
-                    self._write(camera.plan.merger.flush(), merged=True)
-            if self._merger is not None:
-                self._put(self._merger.flush(), merged=True)
+            write([judgement], merged=True)
 
 
 def _sharing_engines(cameras: Sequence[CameraPlan]) -> list[list[CameraPlan]]:

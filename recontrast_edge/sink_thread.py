@@ -48,11 +48,16 @@ class SinkThread:
         self._thread = threading.Thread(target=self._run, name=f"sink {sink.uri}", daemon=True)
         self._thread.start()
 
-    def put(self, judgement: Judgement) -> None:
-        """Hand over a judgement, in order."""
+    def takes(self, judgement: Judgement) -> bool:
+        """Whether ``put`` would neither wait nor, where it should have waited, drop it."""
+        with self._changed:
+            return not self._wait or self._fits(_bytes(judgement))
+
+    def put(self, judgement: Judgement, *, may_wait: bool = True) -> None:
+        """Hand over a judgement, in order; not ``may_wait``: drop it rather than wait."""
         size = _bytes(judgement)
         with self._changed:
-            if self._wait:
+            if self._wait and may_wait:
                 self._changed.wait_for(lambda: self._fits(size) or self._ended or not self._wait)
             if self._ended or not self._fits(size):
                 self.dropped += 1

@@ -22,6 +22,7 @@ from recontrast_edge.engines import Engine, open_engine
 from recontrast_edge.errors import StallError
 from recontrast_edge.frame import Frame, Judgement
 from recontrast_edge.pipeline import Line
+from recontrast_edge.sink_thread import SINK_JUDGEMENTS
 from tests.edge.fakes_line import FakeSink, FakeSource, Wrapped, check_accounts, endless, frame, frames, plan, run
 
 ROOT = Path(__file__).parents[2]
@@ -183,6 +184,59 @@ def test_a_defect_in_a_merger_surfaces_with_the_rest_accounted_for(engine) -> No
     line = run(engine, FakeSource(frames(30)), FakeSink(), merger=Broken())
     assert line.stopped_by == "internal_error"
     assert isinstance(line.errors[0], KeyError)
+
+
+class KeepsAll:
+    """A merger that gives everything back at the end."""
+
+    def __init__(self) -> None:
+        self._kept: list[Judgement] = []
+
+    def add(self, judgement: Judgement) -> list[Judgement]:
+        self._kept.append(judgement)
+        return []
+
+    def expire(self, now_s: float) -> list[Judgement]:
+        return []
+
+    def flush(self) -> list[Judgement]:
+        return self._kept
+
+
+def test_what_mergers_kept_reaches_a_slow_output(engine) -> None:
+    count, sink = 2 * SINK_JUDGEMENTS, FakeSink(delay_s=0.001)
+    run(engine, FakeSource(frame(index) for index in range(count)), sink, merger=KeepsAll())
+    assert sink.ids == list(range(count))
+
+
+def test_what_mergers_give_out_late_waits_for_no_output_that_hangs(engine) -> None:
+    """The main thread hands these over, and it must see a stop."""
+    released, stop = threading.Event(), threading.Event()
+
+    class Hanging(FakeSink):
+        def write(self, judgement: Judgement) -> None:
+            released.wait()
+
+    class Expires(KeepsAll):
+        def expire(self, now_s: float) -> list[Judgement]:
+            return [self._kept[0]] * 100 if self._kept else []
+
+    def items() -> Iterator[Frame | None]:
+        yield frame(0)
+        while True:
+            yield None
+
+    threading.Timer(0.8, stop.set).start()
+    line = Line([plan(engine, FakeSource(items(), interval_s=0.01), merger=Expires())], stop=stop)
+    started_s = time.monotonic()
+    line.run([Hanging()])
+    assert time.monotonic() - started_s < 0.8 + allowed_s()
+    assert line.stopped_by == "signal"
+    (output,) = line.outputs
+    assert output["written"] == 0
+    assert output["dropped"] > SINK_JUDGEMENTS
+    released.set()
+    assert bounded.wait_until(lambda: not bounded.left_behind(), time.monotonic() + 5)
 
 
 def test_a_stop_does_not_wait_for_a_long_queue(engine) -> None:
