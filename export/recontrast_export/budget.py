@@ -10,7 +10,8 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from decimal import Decimal, InvalidOperation
+from typing import Literal
 
 from recontrast_edge.errors import UsageError
 from recontrast_edge.proof import Proof
@@ -69,11 +70,11 @@ class Budget:
                 raise UsageError(f"--budget: expected {name}{METRICS[name].relation}..., got {part.strip()!r}")
             if name in limits:
                 raise UsageError(f"--budget: {name} is given twice")
-            limits[name] = _number(term["number"], part) / (100.0 if term["percent"] else 1.0)
+            limits[name] = _number(term["number"], part, percent=bool(term["percent"]))
         return cls(limits)
 
     def __str__(self) -> str:
-        return ",".join(f"{name}{METRICS[name].relation}{limit:g}" for name, limit in self.limits.items())
+        return ",".join(f"{name}{METRICS[name].relation}{limit:.12g}" for name, limit in self.limits.items())
 
     def violations(self, proof: Proof) -> list[str]:
         """What is over the budget, one phrase each; a limit on something that is undefined cannot be kept."""
@@ -89,11 +90,12 @@ class Budget:
         return found
 
 
-def _number(text: str, part: str) -> float:
+def _number(text: str, part: str, *, percent: bool) -> float:
     try:
-        value: Any = float(text)
-    except ValueError:
+        # Decimal, so that 99.9 % is the same number as 0.999.
+        value = float(Decimal(text) / (100 if percent else 1))
+    except InvalidOperation:
         value = math.nan
     if not math.isfinite(value) or value < 0:
         raise UsageError(f"--budget: {part.strip()!r}: expected a number >= 0 after the relation, got {text!r}")
-    return float(value)
+    return value

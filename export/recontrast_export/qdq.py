@@ -276,17 +276,20 @@ class Int8Network:
 
 def int8_share(model: onnx.ModelProto) -> float:
     """Share of the convolutions' multiply-accumulates whose input and weights both come from DequantizeLinear."""
+    macs = convolution_macs(model)
     producers = {name: node.op_type for node in model.graph.node for name in node.output}
+    quantised = [
+        node.name
+        for node in model.graph.node
+        if node.op_type == "Conv" and all(producers.get(name) == "DequantizeLinear" for name in node.input[:2])
+    ]
+    return sum(macs[name] for name in quantised) / sum(macs.values())
+
+
+def convolution_macs(model: onnx.ModelProto) -> dict[str, int]:
+    """Multiply-accumulates of each convolution, for one image, by the node's name."""
     shapes = _shapes(model)
-    total = quantised = 0
-    for node in model.graph.node:
-        if node.op_type != "Conv":
-            continue
-        macs = _macs(node, shapes)
-        total += macs
-        if all(producers.get(name) == "DequantizeLinear" for name in node.input[:2]):
-            quantised += macs
-    return quantised / total
+    return {node.name: _macs(node, shapes) for node in model.graph.node if node.op_type == "Conv"}
 
 
 def _macs(node: onnx.NodeProto, shapes: Mapping[str, tuple[int, ...]]) -> int:

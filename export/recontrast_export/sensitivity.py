@@ -28,9 +28,9 @@ from recontrast_export.trt import Progress
 
 _PHASE = "Measuring blocks"
 
-_MAX_RUNGS = 10
-_STEP = 0.5
-"""Each rung leaves this share of the squared error of the one before."""
+_MAX_RUNGS = 12
+_STEP = 0.7
+"""Each rung has at most this share of the squared error of the one before."""
 
 
 class Probe:
@@ -116,7 +116,7 @@ def block_harms(
 def ladder(network: Int8Network, harms: Mapping[str, float]) -> list[Rung]:
     """From all blocks in INT8 to fewer, the greatest harm for a multiply-accumulate leaving first.
 
-    Each rung has at most half the squared error, as predicted, of the one before.
+    Each rung has at most ``_STEP`` times the squared error, as predicted, of the one before.
     """
     leaving = sorted(harms, key=lambda block: harms[block] / network.macs_of([block]), reverse=True)
     rungs: list[Rung] = []

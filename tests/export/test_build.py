@@ -5,7 +5,6 @@ asked for, plans fit their sidecars, and what goes wrong leaves nothing behind.
 from __future__ import annotations
 
 import json
-import math
 import os
 import signal
 import subprocess
@@ -18,11 +17,13 @@ from typing import Any
 import pytest
 
 from recontrast_edge import cli
-from recontrast_edge.calibration import write_threshold
-from recontrast_edge.datasets import combined_sha256, file_sha256
+from recontrast_edge.calibration import calibrate_engine, held_out, write_threshold
+from recontrast_edge.datasets import combined_sha256, file_sha256, find_dataset
 from recontrast_edge.engines import Inference
+from recontrast_edge.engines.onnx import OnnxEngine
 from recontrast_edge.errors import (
     EXIT_INTERRUPTED,
+    CalibrationError,
     GateError,
     InputError,
     MissingError,
@@ -40,10 +41,11 @@ pytest.importorskip("onnxsim", reason="needs the export extra")
 pytest.importorskip("tensorrt_rtx", reason="needs the tensorrt-rtx extra")
 
 from recontrast_export import build as build_module  # noqa: E402
-from recontrast_export.build import TOLERANCES, Gpu, Result, build_engine  # noqa: E402
+from recontrast_export.build import BUDGETS, TOLERANCES, Gpu, Result, build_engine  # noqa: E402
 from recontrast_export.onnx_export import build_onnx  # noqa: E402
+from recontrast_export.parity import Tolerance  # noqa: E402
 from recontrast_export.precision import read_calibration_images, to_precision  # noqa: E402
-from recontrast_export.qdq import int8_share  # noqa: E402
+from recontrast_export.qdq import convolution_macs, int8_share  # noqa: E402
 from recontrast_export.trt import Built, Library, Network, Settings, load_library  # noqa: E402
 
 
@@ -78,6 +80,12 @@ def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build_module, "_local_gpu", lambda library: None)
 
 
+@pytest.fixture(autouse=True)
+def _any_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A network with random weights knows no structure, so it cannot tell good parts from noise: it is not asked."""
+    monkeypatch.setattr(build_module, "require_good_images", lambda engine, paths: None)
+
+
 # --- the networks that the parser makes ------------------------------------------------------------------------------
 
 CONVOLUTIONS = ("CONVOLUTION", "DECONVOLUTION")
@@ -109,34 +117,31 @@ def test_builds_in_every_precision_with_no_unexpected_type(
         calibration = images if precision == "int8" else None
         model = to_precision(source, precision, calibration=calibration).model
         network = library.parse(model.SerializeToString())
-        share = int8_share(model)
-        assert (share > 0.8) == (precision == "int8")
-        check_types(network.layers(), precision, head, share)
+        layers = network.layers()
+        check_types(layers, precision, head)
+        share = int8_share_of(layers, convolution_macs(model))
+        assert share == pytest.approx(int8_share(model))
+        assert (share > 0.8) if precision == "int8" else (share == 0)
         sizes[precision] = len(library.build(network, settings).plan)
     # What is stored with less precision takes less room.
     assert sizes["fp16"] < 0.6 * sizes["fp32"]
     assert backbone == "efficientnet_lite0" or sizes["int8"] < 0.8 * sizes["fp16"]
 
 
-def int8_share_of(layers: list[dict[str, Any]]) -> float:
+def int8_share_of(layers: list[dict[str, Any]], macs: dict[str, int]) -> float:
     """Share of the multiply-accumulates in convolutions that read INT8, by the network that the parser made."""
-    producers = {tensor["name"]: layer["type"] for layer in layers for tensor in layer["outputs"]}
-    total = quantised = 0
+    producers = {tensor["name"]: layer for layer in layers for tensor in layer["outputs"]}
+    share = 0.0
     for layer in layers:
-        if layer["type"] != "CONVOLUTION":
+        fed = [producers.get(tensor["name"]) for tensor in layer["inputs"][:2]]
+        if layer["type"] != "CONVOLUTION" or [each and each["type"] for each in fed] != ["DEQUANTIZE"] * 2:
             continue
-        image, weight = layer["inputs"][:2]
-        channels, height, width = layer["outputs"][0]["shape"][1:]
-        # The batch is dynamic; bottleneck and decoder see both views, and the encoders one.
-        views = 2 if layer["name"].startswith(("bottleneck", "decoder")) else 1
-        macs = views * channels * height * width * math.prod(weight["shape"][1:])
-        total += macs
-        if [producers.get(tensor["name"]) for tensor in (image, weight)] == ["DEQUANTIZE", "DEQUANTIZE"]:
-            quantised += macs
-    return quantised / total
+        assert [each["inputs"][0]["dtype"] for each in fed if each] == ["INT8"] * 2, layer["name"]
+        share += macs[layer["name"]] / sum(macs.values())
+    return share
 
 
-def check_types(layers: list[dict[str, Any]], precision: str, head: str, share: float) -> None:
+def check_types(layers: list[dict[str, Any]], precision: str, head: str) -> None:
     types = {tensor["name"]: tensor["dtype"] for layer in layers for tensor in layer["outputs"]}
     producers = {tensor["name"]: layer["type"] for layer in layers for tensor in layer["outputs"]}
     by_layer: dict[str, Counter[str]] = {}
@@ -165,7 +170,6 @@ def check_types(layers: list[dict[str, Any]], precision: str, head: str, share: 
     quantised = sum(kinds == ["DEQUANTIZE", "DEQUANTIZE"] for kinds in fed)
     if precision == "int8":
         assert quantised >= 0.6 * len(fed)
-        assert int8_share_of(layers) == pytest.approx(share, abs=1e-6)
     else:
         assert not quantised
         assert not {"QUANTIZE", "DEQUANTIZE"} & set(by_layer)
@@ -258,9 +262,8 @@ class FakeEngine:
     source: Path
 
     def __init__(self, path: Path, off: float) -> None:
-        from recontrast_edge.engines.onnx import OnnxEngine
-
         self.info, _ = verify_plan(path)
+        self.sha256 = self.info.plan_sha256
         self._engine = OnnxEngine(FakeEngine.source, threads=1)
         self._off = off
 
@@ -297,6 +300,91 @@ def test_where_a_gpu_is_the_engine_itself_must_pass(
     assert info.parity.engine is not None
     assert info.parity.engine.map_error == pytest.approx(off, rel=0.01)
     assert "was run on this machine's GPU" in info.parity.note
+
+
+class LosingEngine(FakeEngine):
+    """An engine that the closeness of maps on a few images would pass, but that loses every fourth verdict."""
+
+    def infer(self, images: Any) -> Inference:
+        found = super().infer(images)
+        scores = found.scores.copy()
+        for index, image in enumerate(images):
+            if int(image.sum()) % 4 == 0:
+                scores[index] += 1.0
+        return Inference(found.maps, scores, {})
+
+
+@pytest.fixture
+def calibrated(models: Any, good: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model with a threshold from the good images."""
+    path: Path = tmp_path_factory.mktemp("calibrated") / "model.onnx"
+    path.write_bytes(models(head="map").read_bytes())
+    with OnnxEngine(path, threads=1) as engine:
+        found = calibrate_engine(
+            engine.infer,
+            held_out(find_dataset(good).training_samples(), engine.spec),
+            engine.spec,
+            engine_sha256=engine.sha256,
+            data_name="good",
+            max_false_reject_rate=0.3,
+            confidence=0.8,
+        )
+        write_threshold(path, engine.spec, found.threshold)
+    return path
+
+
+def test_an_engine_that_runs_gets_its_own_proof_and_threshold(
+    calibrated: Path, good: Path, data_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    FakeEngine.source = calibrated
+    monkeypatch.setattr(build_module, "_local_gpu", lambda library: Gpu("a test", "8.6"))
+    monkeypatch.setattr(build_module, "open_engine", lambda path: FakeEngine(path, 1e-4))
+    out = tmp_path / "a.plan"
+    build_engine(calibrated, out, precision="fp16", validation=data_folder, good=good)
+    info, _ = verify_plan(out)
+    for proof, candidate in ((info.parity.graph_proof, "graph on ONNX Runtime"), (info.parity.engine_proof, "a test")):
+        assert proof is not None
+        assert candidate in proof.candidate
+        assert (proof.n_good, proof.n_defect, proof.verdict_flips.of) == (12, 6, 18)
+        assert proof.map_correlation > 0.9999
+        assert proof.budget == str(BUDGETS["fp16"])
+    before, after = read_spec(calibrated).threshold, info.spec.threshold
+    assert before is not None
+    assert after is not None
+    assert (after.value, after.data_sha256) == (before.value, before.data_sha256)
+    assert (after.max_false_reject_rate, after.confidence) == (0.3, 0.8)
+    assert after.engine_sha256 == info.plan_sha256 != before.engine_sha256
+
+
+def test_an_engine_that_loses_verdicts_is_refused(
+    calibrated: Path, good: Path, data_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    FakeEngine.source = calibrated
+    monkeypatch.setattr(build_module, "_local_gpu", lambda library: Gpu("a test", "8.6"))
+    monkeypatch.setattr(build_module, "open_engine", lambda path: LosingEngine(path, 0.0))
+    monkeypatch.setitem(TOLERANCES, "fp32", Tolerance(map_error=1.0, tie=1.0))
+    seen = []
+    with pytest.raises(GateError, match=r"fp32 engine on a test is over its budget .*verdicts that changed: \w+/"):
+        build_engine(
+            calibrated,
+            tmp_path / "a.plan",
+            precision="fp32",
+            validation=data_folder,
+            on_proof=lambda *proof: seen.append(proof),
+        )
+    ((proof, budget),) = seen
+    assert budget == BUDGETS["fp32"]
+    assert len(proof.flipped) == proof.verdict_flips.count > 0
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.usefixtures("no_gpu")
+def test_without_a_gpu_no_threshold_is_derived(calibrated: Path, good: Path, tmp_path: Path) -> None:
+    result = build_engine(calibrated, tmp_path / "a.plan", precision="fp32", good=good)
+    assert result.info.spec.threshold is None
+    assert any("threshold was not derived" in note for note in result.notes)
+    with pytest.raises(CalibrationError, match="not the 12 images of good"):
+        build_engine(calibrated, tmp_path / "b.plan", precision="fp32", good=good.parent / "scratch")
 
 
 class TimingLibrary:
@@ -534,7 +622,7 @@ def test_ctrl_c_ends_cleanly(number: signal.Signals, models: Any, good: Path, tm
     command = [sys.executable, "-m", "recontrast_edge", "build", models("resnet18"), "--out", folder / "a.plan"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     process = subprocess.Popen(
-        [*map(str, command), "--precision", "int8", "--calibration", str(good)],
+        [*map(str, command), "--images", str(good)],
         env=environment,
         stderr=subprocess.PIPE,
         text=True,
