@@ -73,6 +73,8 @@ def test_live_keeps_up_with_a_camera_that_is_three_times_too_fast(engine, durati
     # Of the frames that really came: on a busy machine they are late as well.
     period_s = float(np.percentile(np.diff(captured_s), 99))
     ages_s = [judgement.latency_ms["wait"] / 1e3 for judgement in sink.taken]
+    report = {"frames": statistics.captured, "judged": statistics.judged, "dropped": statistics.dropped}
+    print(json.dumps({**report, "p99_age_s": float(np.percentile(ages_s, 99)), "p99_period_s": period_s}))
     assert np.percentile(ages_s, 99) <= 2 * period_s
     # In the last third as in the first: nothing piles up.
     third = len(ages_s) // 3
@@ -89,6 +91,8 @@ def test_every_skips_nothing_and_makes_faults_beyond_the_bound(engine, duration_
     assert line.statistics.faults["queue_full"] > 0.3 * line.statistics.captured
     assert set(line.statistics.faults) == {"queue_full"}
     waits_s = [judgement.latency_ms["wait"] / 1e3 for judgement in sink.taken if judgement.fault is None]
+    counts = {"frames": line.statistics.captured, "faults": dict(line.statistics.faults)}
+    print(json.dumps({**counts, "longest_wait_s": max(waits_s)}))
     assert max(waits_s) < 3 * 17 * PERIOD_S, "who waits does so behind 16 frames, not behind all that ever came"
 
 
