@@ -5,8 +5,8 @@ frame = Frame(frame_id=0, source="part.png", image=image, captured_s=time.monoto
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta, timezone
 from enum import Enum
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from recontrast_edge.preprocess import Image
 from recontrast_edge.secrets import mask
+from recontrast_edge.spec import InputSpec
 
 Truth = Literal["good", "defect"]
 VerdictName = Literal["PASS", "REJECT", "FAULT"]
@@ -141,6 +142,7 @@ class Judgement:
     Attributes:
         score: anomaly score; None where there is none (FAULT before inference).
         map: (h, w) float32 anomaly map at the network's size; None where there is none.
+        input_spec: where the map lies in the image, where the judgement knows: engines of one line may differ.
         latency_ms: milliseconds a stage, and ``total`` from capture to verdict.
         fault: code, for FAULT only.
         detail: a sentence for people, for FAULT only.
@@ -153,6 +155,7 @@ class Judgement:
     threshold: float
     regions: tuple[Region, ...] = ()
     map: NDArray[np.float32] | None = None
+    input_spec: InputSpec | None = None
     latency_ms: dict[str, float] = field(default_factory=dict)
     fault: str | None = None
     detail: str | None = None

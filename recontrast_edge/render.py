@@ -78,7 +78,7 @@ def annotate(judgement: Judgement, input_spec: InputSpec, panel_wh: tuple[int, i
 
     Args:
         judgement: any, also a FAULT without image or map.
-        input_spec: where the map lies in the image.
+        input_spec: where the map lies in the image, if the judgement does not say.
         panel_wh: (width, height) of one panel; an image of another shape is letterboxed.
 
     Returns:
@@ -99,7 +99,7 @@ def annotate(judgement: Judgement, input_spec: InputSpec, panel_wh: tuple[int, i
     left[inside] = part
     right[inside] = part
     if judgement.map is not None:
-        draw_map(left[inside], right[inside], judgement, input_spec)
+        draw_map(left[inside], right[inside], judgement, judgement.input_spec or input_spec)
     return picture
 
 

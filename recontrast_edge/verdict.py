@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from enum import Enum
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -19,7 +20,7 @@ from recontrast_edge.engines import Engine, Inference
 from recontrast_edge.errors import ModelError, UsageError
 from recontrast_edge.frame import Frame, Judgement, Region
 from recontrast_edge.preprocess import Geometry
-from recontrast_edge.spec import InputSpec
+from recontrast_edge.spec import InputSpec, ModelSpec
 
 MAX_REGIONS = 32
 """Regions a judgement carries at most: those with the highest peaks. A part with more is rejected all the same."""
@@ -69,22 +70,30 @@ def resolve_threshold(engine: Engine, override: float | None = None) -> float:
         UsageError: ``override`` is not a finite number.
         ModelError: there is none, or it belongs to another engine.
     """
+    return check_threshold(engine.path, engine.spec, engine.sha256, override)
+
+
+def check_threshold(path: Path, spec: ModelSpec, sha256: str, override: float | None = None) -> float:
+    """As ``resolve_threshold``, of a model file that is not opened.
+
+    Args:
+        sha256: identity of graph and weights, as ``Engine.sha256``.
+    """
     if override is not None:
         if not math.isfinite(override):
             raise UsageError(f"--threshold: expected a finite number, got {override}")
         return override
-    threshold = engine.spec.threshold
+    threshold = spec.threshold
     if threshold is None:
         raise ModelError(
-            f"{engine.path}: this model has no threshold yet; derive one from good images with "
-            f"`recontrast-edge calibrate --engine {engine.path} --good DIR`, or give one with --threshold"
+            f"{path}: this model has no threshold yet; derive one from good images with "
+            f"`recontrast-edge calibrate --engine {path} --good DIR`, or give one with --threshold"
         )
-    if threshold.engine_sha256 != engine.sha256:
+    if threshold.engine_sha256 != sha256:
         origin = threshold.engine_sha256 and f"sha256 {threshold.engine_sha256[:12]}..."
         raise ModelError(
-            f"{engine.path}: its threshold {threshold.value:g} was derived from another engine ({origin or 'unknown'}, "
-            f"this one is {engine.sha256[:12]}...), whose scores may differ; run `recontrast-edge calibrate` with this "
-            "one"
+            f"{path}: its threshold {threshold.value:g} was derived from another engine ({origin or 'unknown'}, "
+            f"this one is {sha256[:12]}...), whose scores may differ; run `recontrast-edge calibrate` with this one"
         )
     return threshold.value
 
@@ -106,8 +115,8 @@ def judge(frame: Frame, inference: Inference, threshold: float, input_spec: Inpu
         if anomaly_map is None:
             return fault(frame, Fault.INFERENCE_FAILED, "the engine left out the map of a reject", threshold)
         found = regions(frame, anomaly_map, threshold, input_spec)
-        return Judgement(frame, "REJECT", score, threshold, regions=found, map=anomaly_map)
-    return Judgement(frame, "PASS", score, threshold, map=anomaly_map)
+        return Judgement(frame, "REJECT", score, threshold, regions=found, map=anomaly_map, input_spec=input_spec)
+    return Judgement(frame, "PASS", score, threshold, map=anomaly_map, input_spec=input_spec)
 
 
 def fault(frame: Frame, code: str, detail: str | None, threshold: float) -> Judgement:

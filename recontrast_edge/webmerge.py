@@ -276,6 +276,7 @@ class _Stretch:
             last.threshold,
             regions=tuple(self._relative(region) for region in self._regions),
             map=None if worst is None else worst.map,
+            input_spec=None if worst is None else worst.input_spec,
             latency_ms={**last.latency_ms, "total": (decided_s - last.frame.captured_s) * 1e3},
             fault=code,
             detail=detail,

@@ -9,14 +9,15 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from recontrast_edge.cli import app
-from recontrast_edge.errors import EXIT_FAULTS, UsageError
+from recontrast_edge.errors import EXIT_FAULTS
 
 if TYPE_CHECKING:
+    from recontrast_edge.config import LineConfig
     from recontrast_edge.pipeline import Line
 
 
-ENGINE_CLOSE_S = 0.5
-"""How long the command waits for the engine to close, in seconds."""
+WATCHING, REOPENING, GATE = "Watching the source", "Opening the source again", "The reject gate"
+"""Headings of the help."""
 
 
 class ModeOption(str, Enum):
@@ -28,16 +29,30 @@ class ModeOption(str, Enum):
 
 @app.command("run")
 def run_command(
-    engine: Annotated[str, typer.Option(help="Model file (.onnx), or `demo` for the packaged one.")],
-    source: Annotated[
-        str,
+    config: Annotated[
+        Path | None,
         typer.Option(
-            help="Image, folder or video file, or a URI such as `synthetic://mixed?defect_rate=0.1&fps=30`.",
+            metavar="FILE",
+            help="TOML file of a line: several cameras, products, outputs (`docs/configuration.md`). The options here "
+            "win over it; those of a camera hold for all of its cameras.",
         ),
-    ],
-    output: Annotated[
+    ] = None,
+    engine: Annotated[
+        str | None,
+        typer.Option(help="Model file (.onnx, .plan), or `demo` for the packaged one.  [default: from --config]"),
+    ] = None,
+    source: Annotated[
+        str | None,
+        typer.Option(
+            help="Image, folder or video file, or a URI such as `usb:0`, `pylon:SERIAL`, `rtsp://HOST/PATH` or "
+            "`synthetic://mixed?defect_rate=0.1&fps=30`; `docs/cameras.md` tells more.  "
+            "[default: from --config]",
+        ),
+    ] = None,
+    outputs: Annotated[
         list[str] | None,
         typer.Option(
+            "--output",
             metavar="URI",
             help="Where verdicts go; may be given several times: `jsonl:FILE` (`-` is standard output), "
             "`video:FILE?fps=30`, `images:DIR?which=rejects`, `mqtt://HOST/TOPIC`, `webhook:https://HOST/PATH`, "
@@ -52,7 +67,7 @@ def run_command(
         ),
     ] = None,
     max_frames: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Stop after N frames.  [default: no limit]")
+        int | None, typer.Option(metavar="N", help="Stop after N frames.  [default: no limit]")
     ] = None,
     threshold: Annotated[
         float | None, typer.Option(metavar="X", help="Reject above this score.  [default: the model's own threshold]")
@@ -63,73 +78,243 @@ def run_command(
             metavar="FILE", help="Write counts, faults, confusion and latency percentiles (ms) to this JSON file."
         ),
     ] = None,
+    roots: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--root",
+            metavar="DIR",
+            help="Refuse to write, move or delete anything outside of this folder; may be given several times.  "
+            "[default: the folder of --config; without one no limit]",
+        ),
+    ] = None,
     threads: Annotated[
-        int | None, typer.Option(min=1, max=1024, help="CPU threads.  [default: chosen by the engine]")
+        int | None, typer.Option(help="CPU threads of each engine.  [default: chosen by the engine]")
+    ] = None,
+    queue_frames: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Frames of a live source that may wait in mode `every`.  [default: 32]",
+        ),
+    ] = None,
+    engine_timeout_s: Annotated[
+        float | None,
+        typer.Option(metavar="S", help="An inference that takes longer, in seconds, is a FAULT.  [default: 5]"),
+    ] = None,
+    batch_wait_s: Annotated[
+        float | None,
+        typer.Option(
+            metavar="S",
+            help="Seconds that an engine which takes several images at once waits for those of other cameras.  "
+            "[default: 0.002]",
+        ),
+    ] = None,
+    gate_delay_s: Annotated[
+        float | None,
+        typer.Option(
+            metavar="S",
+            help="Seconds from capture to the reject gate.  [default: no gate]",
+            rich_help_panel=GATE,
+        ),
+    ] = None,
+    gate_reserve_s: Annotated[
+        float | None,
+        typer.Option(
+            metavar="S",
+            help="Seconds before the gate when a verdict must be there.  [default: 0]",
+            rich_help_panel=GATE,
+        ),
+    ] = None,
+    stale_after_s: Annotated[
+        float | None,
+        typer.Option(
+            metavar="S",
+            help="Seconds of silence that make a live source STALE; 0: none does.  [default: five frame periods, from "
+            "0.5 s to 1 s]",
+            rich_help_panel=WATCHING,
+        ),
+    ] = None,
+    rate_hz: Annotated[
+        float | None,
+        typer.Option(
+            metavar="HZ",
+            help="Frames a second that a live source must deliver.  [default: any rate is right]",
+            rich_help_panel=WATCHING,
+        ),
+    ] = None,
+    rate_tolerance: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SHARE",
+            help="How far the rate may be off, as a share of it.  [default: 0.2]",
+            rich_help_panel=WATCHING,
+        ),
+    ] = None,
+    frozen_after: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Equal pictures in a row, from 2, that are a fault; 0: none are.  [default: 5]",
+            rich_help_panel=WATCHING,
+        ),
+    ] = None,
+    dark_level: Annotated[
+        int | None,
+        typer.Option(
+            metavar="LEVEL",
+            help="A pixel is black up to this grey level, 0 to 255.  [default: 4]",
+            rich_help_panel=WATCHING,
+        ),
+    ] = None,
+    dark_share: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SHARE",
+            help="Share of black pixels, 0 to 1, that is a fault; 0: none is.  [default: 0.99]",
+            rich_help_panel=WATCHING,
+        ),
+    ] = None,
+    saturated_level: Annotated[
+        int | None,
+        typer.Option(
+            metavar="LEVEL",
+            help="A pixel is overexposed from this grey level on, 0 to 255.  [default: 251]",
+            rich_help_panel=WATCHING,
+        ),
+    ] = None,
+    saturated_share: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SHARE",
+            help="Share of overexposed pixels, 0 to 1, that is a fault; 0: none is.  [default: 0.99]",
+            rich_help_panel=WATCHING,
+        ),
+    ] = None,
+    fault_period_s: Annotated[
+        float | None,
+        typer.Option(
+            metavar="S",
+            help="Seconds from one FAULT to the next while a source delivers nothing.  [default: 1]",
+            rich_help_panel=WATCHING,
+        ),
     ] = None,
     wait_for_source: Annotated[
-        bool, typer.Option("--wait-for-source", help="Wait for a source that cannot be opened, instead of ending.")
-    ] = False,
+        bool | None,
+        typer.Option(
+            "--wait-for-source/--no-wait-for-source",
+            help="Wait for a source that cannot be opened, instead of ending.  [default: no]",
+            rich_help_panel=REOPENING,
+        ),
+    ] = None,
     max_reconnects: Annotated[
         int | None,
         typer.Option(
-            min=0,
             metavar="N",
             help="End when a live source could not be opened again N times in a row.  [default: try for ever]",
+            rich_help_panel=REOPENING,
         ),
     ] = None,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No live view; only the last line.")] = False,
+    first_retry_s: Annotated[
+        float | None,
+        typer.Option(
+            metavar="S",
+            help="Seconds until a source that broke is opened again; doubles with each failure.  [default: 0.1]",
+            rich_help_panel=REOPENING,
+        ),
+    ] = None,
+    longest_retry_s: Annotated[
+        float | None,
+        typer.Option(
+            metavar="S", help="What it doubles to at most, in seconds.  [default: 1]", rich_help_panel=REOPENING
+        ),
+    ] = None,
+    quiet: Annotated[
+        bool | None, typer.Option("--quiet/--no-quiet", "-q", help="No live view; only the last line.  [default: no]")
+    ] = None,
+    check_config: Annotated[
+        bool, typer.Option("--check-config", help="Check everything that needs no camera, open nothing, and end.")
+    ] = False,
+    print_config: Annotated[
+        bool,
+        typer.Option("--print-config", help="Print file and options as one complete file, passwords masked, and end."),
+    ] = False,
+    example_config: Annotated[
+        bool, typer.Option("--example-config", help="Print a file to begin with, which runs without a camera, and end.")
+    ] = False,
 ) -> None:
-    """Judge every frame of a source: PASS, REJECT or FAULT."""
+    """Judge every frame of one or more sources: PASS, REJECT or FAULT."""
+    # By the keys of the configuration; first of all, as this is all that there is yet.
+    given = {key: value for key, value in locals().items() if value is not None and key not in _ABOUT_THE_FILE}
+    from recontrast_edge.config import example, load_config
+
+    if example_config:
+        typer.echo(example(), nl=False)
+        return
+    line_config = load_config(config, {key: _plain(value) for key, value in given.items()})
+    if print_config:
+        typer.echo(line_config.anchored(Path.cwd()).dumps(), nl=False)
+    elif check_config:
+        from recontrast_edge.line_setup import check_line
+
+        check_line(line_config)
+        counts = (len(line_config.cameras), len(line_config.products), len(line_config.outputs))
+        typer.echo("well: cameras {}, products {}, outputs {}".format(*counts))
+    else:
+        run_line(line_config)
+
+
+_ABOUT_THE_FILE = frozenset({"config", "check_config", "print_config", "example_config"})
+
+
+def _plain(value: object) -> object:
+    """An option's value as the file would have it."""
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    return value.value if isinstance(value, ModeOption) else str(value) if isinstance(value, Path) else value
+
+
+def run_line(config: LineConfig) -> None:
+    """Run a line until it ends, and end with the exit code that belongs to that."""
     from contextlib import ExitStack, closing
     from threading import Event
 
-    from recontrast_edge.bounded import call_bounded
-    from recontrast_edge.camera_plan import CameraPlan, Retry
-    from recontrast_edge.engines import open_engine
-    from recontrast_edge.pipeline import Line, stop_on_signals, warm_up
-    from recontrast_edge.secrets import masked_uri
-    from recontrast_edge.sinks import sink_opener
+    from recontrast_edge.line_setup import camera_plans, check_places, open_products, output_openers, parts_merger
+    from recontrast_edge.pipeline import Line, stop_on_signals
     from recontrast_edge.sinks.terminal import TerminalView
-    from recontrast_edge.sources import open_source
     from recontrast_edge.statistics import Statistics
-    from recontrast_edge.task import Product
-    from recontrast_edge.verdict import resolve_threshold
-    from recontrast_edge.webmerge import open_merger
 
-    outputs = output or []
-    if len(set(outputs)) < len(outputs):
-        raise UsageError("the same --output was given twice")
-    records_on_stdout = any(uri.partition("?")[0] == "jsonl:-" for uri in outputs)
-    openers = [sink_opener(uri) for uri in outputs]
+    records_on_stdout = any(uri.partition("?")[0] == "jsonl:-" for uri in config.outputs)
+    check_places(config)
+    openers = output_openers(config)
     stop, statistics = Event(), Statistics()
     with ExitStack() as stack:
-        opened = open_engine(engine, threads=threads)
-        # One that hangs must not keep the command from ending.
-        stack.callback(call_bounded, opened.close, timeout_s=ENGINE_CLOSE_S, name="close the engine")
-        product = Product(opened, resolve_threshold(opened, threshold))
-        warm_up(opened)
-        plan = CameraPlan(
-            masked_uri(source),
-            lambda: open_source(source),
-            product,
-            mode=None if mode is None else mode.value,
-            retry=Retry(wait_for_source=wait_for_source, max_reconnects=max_reconnects),
-            merger=open_merger(source),
+        products = open_products(config, stack)
+        line = stack.enter_context(
+            Line(
+                camera_plans(config, products),
+                merger=parts_merger(config),
+                max_frames=config.max_frames,
+                batch_wait_s=config.batch_wait_s,
+                engine_timeout_s=config.engine_timeout_s,
+                stop=stop,
+                statistics=statistics,
+            )
         )
-        line = stack.enter_context(Line([plan], max_frames=max_frames, stop=stop, statistics=statistics))
         stack.enter_context(stop_on_signals(stop))
         line.connect()
+        engines = list({id(product.engine): product.engine for product in products.values()}.values())
         with ExitStack() as until_run:
-            sinks = [until_run.enter_context(closing(open_sink(opened.spec.input))) for open_sink in openers]
-            if not quiet:
-                title = f"{opened.spec.class_name} · {opened.name} · {line.cameras[0].uri}"
+            sinks = [until_run.enter_context(closing(open_sink(engines[0].spec.input))) for open_sink in openers]
+            if not config.quiet:
+                names = ", ".join(dict.fromkeys(f"{engine.spec.class_name} · {engine.name}" for engine in engines))
+                title = f"{names} · {', '.join(camera.uri for camera in line.cameras)}"
                 view = TerminalView(statistics, title=title, to_stderr=records_on_stdout)
                 sinks.append(until_run.enter_context(closing(view)))
             # From here on the line closes them, and does not wait for one that hangs.
             until_run.pop_all()
         line.run(sinks)
-        if summary is not None:
-            line.write_summary(summary)
+        if config.summary is not None:
+            line.write_summary(Path(config.summary))
     finish(line, to_stderr=records_on_stdout)
 
 

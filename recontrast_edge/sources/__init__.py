@@ -33,7 +33,7 @@ from urllib.parse import unquote
 from recontrast_edge.errors import InputError, UsageError
 from recontrast_edge.frame import Source
 from recontrast_edge.images import IMAGE_SUFFIXES
-from recontrast_edge.secrets import masked_uri
+from recontrast_edge.secrets import credentials, masked_uri
 from recontrast_edge.uri import parse_options
 
 
@@ -58,17 +58,44 @@ def open_source(uri: str) -> Source:
     return _open_frames(uri)
 
 
+def check_source(uri: str) -> None:
+    """Check what can be checked while nothing is opened: scheme, path, options of line scan, credentials.
+
+    Raises:
+        UsageError, InputError: as ``open_source`` would.
+    """
+    scheme = _SCHEME.match(uri)
+    if scheme is None or (scheme[1] not in _SCHEMES and _exists(Path(uri))):
+        if not (_VIDEO_DEVICE.match(uri) or _exists(Path(uri)) or _exists(Path(uri.partition("?")[0]))):
+            raise _no_such(uri.partition("?")[0])
+        return
+    if scheme[1] not in _SCHEMES:
+        raise _unknown_scheme(uri, scheme[1])
+    if "lines=" in uri:
+        from recontrast_edge.linescan import line_options
+
+        line_options(uri)
+    credentials(uri)
+
+
 def _open_frames(uri: str) -> Source:
-    scheme = re.match(r"([a-z][a-z0-9+.-]*):", uri)
+    scheme = _SCHEME.match(uri)
     if scheme and scheme[1] in _SCHEMES:
         return _SCHEMES[scheme[1]](uri)
     if scheme and not _exists(Path(uri)):
-        known = ", ".join(f"{name}:..." for name in _SCHEMES)
-        raise UsageError(
-            f"source {masked_uri(uri)!r}: unknown scheme {scheme[1]!r}; expected an image, folder or video file, or "
-            f"{known}"
-        )
+        raise _unknown_scheme(uri, scheme[1])
     return _open_path(uri)
+
+
+def _unknown_scheme(uri: str, scheme: str) -> UsageError:
+    known = ", ".join(f"{name}:..." for name in _SCHEMES)
+    return UsageError(
+        f"source {masked_uri(uri)!r}: unknown scheme {scheme!r}; expected an image, folder or video file, or {known}"
+    )
+
+
+def _no_such(name: str) -> InputError:
+    return InputError(f"source {name!r}: no such file or folder")
 
 
 def _exists(path: Path) -> bool:
@@ -95,7 +122,7 @@ def _open_path(text: str) -> Source:
         name, _, query = text.partition("?")
     path = Path(name)
     if not name or not _exists(path):
-        raise InputError(f"source {name!r}: no such file or folder")
+        raise _no_such(name)
     if path.is_dir() or path.suffix.lower() in IMAGE_SUFFIXES:
         from recontrast_edge.sources.files import open_images
 
@@ -172,6 +199,7 @@ def _open_stream(uri: str) -> Source:
     return open_stream(uri)
 
 
+_SCHEME = re.compile(r"([a-z][a-z0-9+.-]*):")
 _VIDEO_DEVICE = re.compile(r"/dev/(video[0-9]+|v4l/by-(id|path)/[^?]+)(\?|$)")
 
 _SCHEMES: dict[str, Callable[[str], Source]] = {
