@@ -86,7 +86,7 @@ class Budget:
                 found.append(f"{name} is undefined on these images (leave it out of the budget)")
             # Written so that NaN is a violation.
             elif not (value <= limit if metric.relation == "<=" else value >= limit):
-                found.append(f"{name} is {value:.4g}, expected {metric.relation} {limit:g}")
+                found.append(f"{name} is {value:.7g}, expected {metric.relation} {limit:g}")
         return found
 
 

@@ -63,7 +63,7 @@ class ValidationImages:
         others = [sample for sample in self.samples if not sample.is_good]
         n_good = min(len(good), max(count - count // 2, count - len(others)))
         chosen = spread(good, n_good) + spread(others, count - n_good)
-        return replace(self, samples=tuple(chosen))
+        return replace(self, samples=tuple(chosen), source=f"{len(chosen)} of {self.source}")
 
 
 def read_validation(path: Path, folder: Path) -> ValidationImages:

@@ -493,7 +493,7 @@ def test_where_no_int8_graph_keeps_the_budget_fp16_is_written(
     """Only good images: their defects are pasted."""
     out = tmp_path / "fallback.onnx"
     arguments = ["quantize", model, "--out", out, "--calibration", good, "--validation", good, "--parts", "decoder"]
-    assert run_cli(monkeypatch, *arguments, "--budget", "map_correlation>=0.999999") == EXIT_FELL_BACK
+    assert run_cli(monkeypatch, *arguments, "--budget", "map_correlation>=0.99995") == EXIT_FELL_BACK
     printed = capsys.readouterr().out
     assert "No INT8 graph keeps the budget; falling back to FP16." in printed
     assert "fp16, 0.0 % of the multiply-accumulates in INT8" in printed
