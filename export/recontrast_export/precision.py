@@ -29,6 +29,7 @@ from onnx import TensorProto, helper, numpy_helper
 from recontrast_edge.datasets import combined_sha256, file_sha256, find_dataset
 from recontrast_edge.errors import InputError, ModelError, UsageError
 from recontrast_edge.images import read_image
+from recontrast_edge.magnitudes import Method
 from recontrast_edge.plan import Precision
 from recontrast_edge.preprocess import preprocess
 from recontrast_edge.proof import Calibration, Conversion
@@ -37,7 +38,7 @@ from recontrast_edge.spec import InputSpec
 from recontrast_export.graph import feature_names
 from recontrast_export.parity import spread
 from recontrast_export.qdq import QUANTIZERS, Int8Network, dequantised_name, int8_share
-from recontrast_export.ranges import Activation, Method, largest_magnitudes, measure_activations
+from recontrast_export.ranges import Activation, largest_magnitudes, measure_activations
 from recontrast_export.rewrite import with_pointwise_upsampling
 from recontrast_export.trt import Progress
 

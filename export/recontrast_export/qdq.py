@@ -1,25 +1,12 @@
-"""Where INT8 goes: explicit QuantizeLinear and DequantizeLinear, placed so that builders fuse what lies between them.
+"""INT8 in a graph: explicit QuantizeLinear and DequantizeLinear, where ``recontrast_edge.int8`` says.
 
-    network = Int8Network(with_pointwise_upsampling(model))
-    quantised = network.quantised(["decoder/stages/0/0"], activations, "mse")
-
-The rules, which fine-tuning with quantisation follows too:
-
-* A convolution of a quantised block reads input and weights through Q/DQ. Weights have a scale for each output channel,
-  inputs have one; all scales are symmetric. The bias is not quantised, and makes up for the mean error of the weights.
-* Where an addition closes a residual block, one operand comes straight from the convolution that is fused with it, the
-  costlier one if there are two; the other one is quantised.
-* One value has one Q/DQ pair, whoever reads it; readers that are not quantised read the value itself.
-* Where the value was concatenated, pooled or reordered, the inputs of that are quantised with the very same scale. That
-  changes no number, and the data stays INT8 from one convolution to the next.
-* Never quantised: the convolutions of the image, the heads that make the reconstructions, and all that follows them.
+network = Int8Network(with_pointwise_upsampling(model))
+quantised = network.quantised(["decoder/stages/0/0"], activations, "mse")
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -27,50 +14,19 @@ import onnx
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
-from recontrast_edge.scoring import INPUT_NAME
-from recontrast_export.graph import feature_names
-from recontrast_export.ranges import LEVELS, Activation, Magnitudes, Method
+from recontrast_edge.int8 import TRANSPARENT, Layout, Operation, half_scale, quantise_weight
+from recontrast_edge.magnitudes import LEVELS, Magnitudes, Method
+from recontrast_export.ranges import Activation
 
 # The first operator set whose QuantizeLinear and DequantizeLinear take float16.
 _OPSET = 19
 
-# Rounding to a grid commutes with these, so that input and output can share one scale.
-_TRANSPARENT = ("Concat", "DepthToSpace", "MaxPool")
-
 QUANTIZERS = ("QuantizeLinear", "DequantizeLinear")
-
-PARTS = ("encoders", "bottleneck", "decoder")
-"""What ``part_of`` gives."""
-
-
-def block_of(name: str) -> str:
-    """The residual block, or other unit, of the network that a convolution belongs to, by the convolution's name.
-
-    ``encoder/layer2/0/downsample/0`` -> ``encoder/layer2/0``; ``bottleneck/fine/1/0`` -> ``bottleneck/fine``.
-    """
-    # Up to the last number that a name follows: the block's own index. Without one, up to the trailing numbers.
-    indexed = re.match(r"(.*/\d+)/[^/\d]", name)
-    return indexed[1] if indexed else re.sub(r"(/\d+)+$", "", name)
-
-
-def part_of(block: str) -> str:
-    """``encoders``, ``bottleneck`` or ``decoder``."""
-    first = block.split("/", 1)[0]
-    return "encoders" if first in ("encoder", "frozen") else first
 
 
 def dequantised_name(value: str) -> str:
     """What a quantised value is called after its Q/DQ pair."""
     return f"{value}/dequantised"
-
-
-@dataclass(frozen=True, eq=False)
-class _Convolution:
-    node: onnx.NodeProto
-    block: str
-    macs: int
-    is_candidate: bool
-    is_depthwise: bool
 
 
 class Int8Network:
@@ -93,81 +49,25 @@ class Int8Network:
             del model.metadata_props[:]
             model.metadata_props.extend(metadata)
         self.model = model
-        graph = model.graph
-        self._producers = {name: node for node in graph.node for name in node.output}
-        self._readers: dict[str, list[onnx.NodeProto]] = {}
-        for node in graph.node:
-            for name in node.input:
-                self._readers.setdefault(name, []).append(node)
-        self._initializers = {entry.name: entry for entry in graph.initializer}
-        features = set(feature_names(graph))
-        shapes = _shapes(model)
-        self._convolutions = {
-            node.name: self._convolution(node, features, shapes) for node in graph.node if node.op_type == "Conv"
-        }
-        candidates = [conv for conv in self._convolutions.values() if conv.is_candidate]
-        self.blocks = tuple(dict.fromkeys(conv.block for conv in candidates))
-        self.default_blocks = tuple(dict.fromkeys(conv.block for conv in candidates if not conv.is_depthwise))
-        self.macs = sum(conv.macs for conv in self._convolutions.values())
+        self._initializers = {entry.name: entry for entry in model.graph.initializer}
+        self._layout = Layout(self._operation(node) for node in model.graph.node)
+        self.blocks = self._layout.blocks
+        self.default_blocks = self._layout.default_blocks
+        self._macs = convolution_macs(model)
+        self.macs = sum(self._macs.values())
 
-    def _convolution(
-        self, node: onnx.NodeProto, features: set[str], shapes: Mapping[str, tuple[int, ...]]
-    ) -> _Convolution:
-        weight = self._initializers[node.input[1]].dims
-        macs = _macs(node, shapes)
-        is_head = bool(features.intersection(node.output)) and node.name.startswith("heads/")
-        # Depthwise ones on their own: they are few multiply-accumulates, and the most harmful ones to round.
-        is_depthwise = weight[1] == 1 and weight[0] > 1
-        block = node.name if is_depthwise else block_of(node.name)
-        return _Convolution(node, block, macs, not (INPUT_NAME in node.input or is_head), is_depthwise)
+    def _operation(self, node: onnx.NodeProto) -> Operation:
+        shape = tuple(self._initializers[node.input[1]].dims) if node.op_type == "Conv" else ()
+        values = tuple(name for name in node.input if name not in self._initializers)
+        return Operation(node.name, node.op_type, values, tuple(node.output), shape)
 
     def macs_of(self, blocks: Collection[str]) -> int:
-        """Multiply-accumulates of the candidates in these blocks, for one image."""
-        return sum(conv.macs for conv in self._convolutions.values() if conv.is_candidate and conv.block in blocks)
+        """Multiply-accumulates of the convolutions of these blocks, for one image."""
+        return sum(self._macs[name] for name, block in self._layout.block_by_convolution.items() if block in blocks)
 
     def values(self, blocks: Collection[str]) -> list[str]:
         """Names of the values that are quantised if these blocks are; weights are not among them."""
-        return list(self._scale_groups(blocks))
-
-    def _chosen(self, blocks: Collection[str]) -> list[_Convolution]:
-        return [conv for conv in self._convolutions.values() if conv.is_candidate and conv.block in blocks]
-
-    def _additions(self, chosen: Iterable[_Convolution]) -> dict[str, str]:
-        """Name of each addition that is fused with a chosen convolution -> the operand to quantise."""
-        by_output = {conv.node.output[0]: conv for conv in chosen}
-        found: dict[str, str] = {}
-        for node in self.model.graph.node:
-            if node.op_type != "Add" or len(set(node.input)) != 2:
-                continue
-            fusable = [by_output[name] for name in node.input if name in by_output and len(self._readers[name]) == 1]
-            if fusable:
-                fused = max(fusable, key=lambda conv: conv.macs).node.output[0]
-                (found[node.name],) = (name for name in node.input if name != fused)
-        return found
-
-    def _scale_groups(self, blocks: Collection[str]) -> dict[str, str]:
-        """Each value to quantise -> one of its group, which stands for the scale that the group shares."""
-        chosen = self._chosen(blocks)
-        pending = [conv.node.input[0] for conv in chosen] + list(self._additions(chosen).values())
-        parent: dict[str, str] = {}
-
-        def root(name: str) -> str:
-            while parent[name] != name:
-                name = parent[name]
-            return name
-
-        while pending:
-            name = pending.pop()
-            parent.setdefault(name, name)
-            producer = self._producers.get(name)
-            if producer is None or producer.op_type not in _TRANSPARENT:
-                continue
-            for source in producer.input:
-                if source not in parent:
-                    parent[source] = source
-                    pending.append(source)
-                parent[root(source)] = root(name)
-        return {name: root(name) for name in parent}
+        return list(self._layout.place(blocks).groups)
 
     def limits(
         self, blocks: Collection[str], activations: Mapping[str, Activation], method: Method
@@ -179,7 +79,7 @@ class Int8Network:
             activations: of at least ``values(blocks)``.
             method: see ``ranges``.
         """
-        groups = self._scale_groups(blocks)
+        groups = self._layout.place(blocks).groups
         members: dict[str, list[Magnitudes]] = {}
         for name, group in groups.items():
             members.setdefault(group, []).append(activations[name].magnitudes)
@@ -198,19 +98,45 @@ class Int8Network:
             activations: of at least ``values(blocks)``.
             method: how ranges are chosen, see ``ranges``.
         """
-        unknown = set(blocks) - set(self.blocks)
-        if unknown:
-            raise ValueError(f"no such blocks: {', '.join(sorted(unknown))}")
-        chosen = self._chosen(blocks)
-        additions = self._additions(chosen)
-        values = self.limits(blocks, activations, method)
-        convolutions = {conv.node.name for conv in chosen}
+        scales = {name: limit / LEVELS for name, limit in self.limits(blocks, activations, method).items()}
+        means = {name: activation.channel_mean for name, activation in activations.items()}
+        return self._with_pairs(blocks, scales, means)
+
+    def with_scales(self, blocks: Collection[str], scales: Mapping[str, float]) -> onnx.ModelProto:
+        """The same with scales that are known already, as fine-tuning with quantisation finds them; biases stay.
+
+        Args:
+            blocks: some of ``self.blocks``.
+            scales: of at least one value of each group that shares one.
+
+        Raises:
+            ValueError: a group without a scale, or with several.
+        """
+        groups = self._layout.place(blocks).groups
+        given: dict[str, set[float]] = {group: set() for group in groups.values()}
+        for name, group in groups.items():
+            if name in scales:
+                given[group].add(scales[name])
+        unclear = [group for group, found in given.items() if len(found) != 1]
+        if unclear:
+            raise ValueError(f"expected one scale for {unclear[0]}, got {sorted(given[unclear[0]])}")
+        return self._with_pairs(blocks, {name: next(iter(given[group])) for name, group in groups.items()}, None)
+
+    def _with_pairs(
+        self,
+        blocks: Collection[str],
+        scales: Mapping[str, float],
+        channel_means: Mapping[str, NDArray[np.float64]] | None,
+    ) -> onnx.ModelProto:
+        """A copy with Q/DQ; with ``channel_means``, biases make up for the mean error of rounded weights."""
+        placement = self._layout.place(blocks)
+        convolutions, additions = placement.convolutions, placement.additions
         nodes: list[onnx.NodeProto] = []
         constants: dict[str, NDArray[Any]] = {}
 
         def add_pair(name: str) -> None:
             scale, zero = f"{name}/scale", "int8/zero"
-            constants[scale] = _half_scale(np.array(values[name] / LEVELS))
+            constants[scale] = half_scale(np.array(scales[name]))
             constants[zero] = np.array(0, np.int8)
             nodes.append(helper.make_node("QuantizeLinear", [name, scale, zero], [f"{name}/int8"], f"{name}/quantise"))
             nodes.append(
@@ -223,17 +149,18 @@ class Int8Network:
             node = onnx.NodeProto()
             node.CopyFrom(source)
             if node.name in convolutions:
-                self._quantise_convolution(node, nodes, constants, activations[node.input[0]].channel_mean)
+                mean = None if channel_means is None else channel_means[node.input[0]]
+                self._quantise_convolution(node, nodes, constants, mean)
             elif node.name in additions:
                 operand = additions[node.name]
                 for index, name in enumerate(node.input):
                     node.input[index] = dequantised_name(name) if name == operand else name
-            elif node.op_type in _TRANSPARENT and node.output[0] in values:
+            elif node.op_type in TRANSPARENT and node.output[0] in scales:
                 for index, name in enumerate(node.input):
                     node.input[index] = dequantised_name(name)
             nodes.append(node)
             for name in node.output:
-                if name in values:
+                if name in scales:
                     add_pair(name)
         model = onnx.ModelProto()
         model.CopyFrom(self.model)
@@ -252,7 +179,7 @@ class Int8Network:
         node: onnx.NodeProto,
         nodes: list[onnx.NodeProto],
         constants: dict[str, NDArray[Any]],
-        input_mean: NDArray[np.float64],
+        input_mean: NDArray[np.float64] | None,
     ) -> None:
         name = node.input[1]
         weight = numpy_helper.to_array(self._initializers[name])
@@ -263,13 +190,14 @@ class Int8Network:
         nodes.append(
             helper.make_node("DequantizeLinear", inputs, [f"{name}/dequantised"], f"{name}/dequantise", axis=0)
         )
-        rounded = quantised * scale.astype(np.float64).reshape(-1, 1, 1, 1)
-        shift = _mean_output(rounded - weight, input_mean)
-        bias = numpy_helper.to_array(self._initializers[node.input[2]]) if len(node.input) == 3 else 0.0
-        corrected = f"{node.name}/corrected_bias"
-        constants[corrected] = (bias - shift).astype(np.float32)
-        del node.input[2:]
-        node.input.append(corrected)
+        if input_mean is not None:
+            rounded = quantised * scale.astype(np.float64).reshape(-1, 1, 1, 1)
+            shift = _mean_output(rounded - weight, input_mean)
+            bias = numpy_helper.to_array(self._initializers[node.input[2]]) if len(node.input) == 3 else 0.0
+            corrected = f"{node.name}/corrected_bias"
+            constants[corrected] = (bias - shift).astype(np.float32)
+            del node.input[2:]
+            node.input.append(corrected)
         node.input[0] = dequantised_name(node.input[0])
         node.input[1] = dequantised_name(name)
 
@@ -296,28 +224,6 @@ def _macs(node: onnx.NodeProto, shapes: Mapping[str, tuple[int, ...]]) -> int:
     """Multiply-accumulates of a convolution, for one image."""
     # Bottleneck, decoder and heads see both views as one batch.
     return int(np.prod(shapes[node.output[0]])) * int(np.prod(shapes[node.input[1]][1:]))
-
-
-def quantise_weight(weight: NDArray[np.floating]) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
-    """Symmetric INT8 with a scale for each output channel.
-
-    Args:
-        weight: (out, in / group, h, w).
-
-    Returns:
-        int8 of the same shape, -127..127, and (out,) float32 scales, each a float16 number > 0.
-    """
-    scale = _half_scale(np.abs(weight).reshape(len(weight), -1).max(axis=1) / LEVELS)
-    steps = np.rint(weight / scale.reshape(-1, 1, 1, 1))
-    return np.clip(steps, -LEVELS, LEVELS).astype(np.int8), scale
-
-
-def _half_scale(scale: NDArray[np.floating]) -> NDArray[np.float32]:
-    """Rounded up to what float16 holds, so that the numbers are the same in either precision; never 0."""
-    limits = np.finfo(np.float16)
-    half: NDArray[np.float16] = np.clip(scale, limits.smallest_subnormal, limits.max).astype(np.float16)
-    # Rounded down, it would clip what it is the scale of.
-    return np.where(half < scale, np.nextafter(half, limits.max), half).astype(np.float32)
 
 
 def _mean_output(weight: NDArray[np.float64], channel_mean: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -21,6 +21,8 @@ from recontrast_edge.datasets import find_dataset
 from recontrast_edge.engines.onnx import OnnxEngine
 from recontrast_edge.errors import GateError, OutputError, UsageError
 from recontrast_edge.images import atomic_write, read_image
+from recontrast_edge.int8 import PARTS, part_of
+from recontrast_edge.magnitudes import Method
 from recontrast_edge.onnxfile import SPEC_KEY, graph_sha256
 from recontrast_edge.proof import QUANTISATION_KEY, Proof, Quantisation
 from recontrast_edge.recalibration import recalibrate, require_calibrated_on
@@ -42,8 +44,8 @@ from recontrast_export.precision import (
     with_float32_weights,
 )
 from recontrast_export.proving import Prover, ValidationImages, enforce, read_validation
-from recontrast_export.qdq import PARTS, Int8Network, part_of
-from recontrast_export.ranges import Activation, Method, largest_magnitudes, measure_activations
+from recontrast_export.qdq import Int8Network
+from recontrast_export.ranges import Activation, largest_magnitudes, measure_activations
 from recontrast_export.rewrite import with_pointwise_upsampling
 from recontrast_export.sensitivity import Probe, Rung, block_harms, ladder, method_errors, opened
 from recontrast_export.trt import Progress
@@ -115,7 +117,7 @@ def quantize(
         calibration: good images for INT8 ranges, see ``precision.read_calibration_images``.
         validation: images to judge, see ``proving.read_validation``.
         budget: what must hold.
-        parts: of ``qdq.PARTS``: what may become INT8.
+        parts: of ``int8.PARTS``: what may become INT8.
         good: the images that the model's threshold was calibrated on, to derive the new graph's from; None for none.
         say: told what was found.
         progress: told how calibration and sensitivity proceed.

@@ -21,9 +21,10 @@ import onnx
 from recontrast_edge.engines import Engine
 from recontrast_edge.engines.onnx import OnnxEngine
 from recontrast_edge.images import atomic_write
+from recontrast_edge.magnitudes import METHODS, Method
 from recontrast_edge.preprocess import Image
 from recontrast_export.qdq import Int8Network
-from recontrast_export.ranges import METHODS, Activation, Method
+from recontrast_export.ranges import Activation
 from recontrast_export.trt import Progress
 
 _PHASE = "Measuring blocks"
