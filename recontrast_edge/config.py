@@ -100,7 +100,7 @@ class CameraConfig(_Section):
     rate_hz: float | None = Field(
         None,
         ge=1e-3,
-        le=1e5,
+        le=100_000,
         description="frames a second that a live source must deliver. Without it: any rate is right",
     )
     rate_tolerance: float = Field(
@@ -180,6 +180,7 @@ class LineConfig(_Section):
     )
     roots: tuple[Text, ...] = Field(
         (),
+        min_length=1,
         description="folders; what the line writes, moves or deletes must lie under one of them. Without it: the "
         "folder of the file; on a command line without a file: anywhere",
     )
@@ -361,7 +362,8 @@ class _Reader:
         try:
             config = LineConfig.model_validate(_with_tuples(body))
         except ValidationError as invalid:
-            first, *others = invalid.errors(include_url=False, include_context=False)
+            # A misspelt key explains the one that is missing, not the other way round.
+            first, *others = sorted(invalid.errors(), key=lambda error: error["type"] != "extra_forbidden")
             more = f" (and {len(others)} more)" if others else ""
             location, text = _problem(first["type"], first["loc"], first["input"])
             raise UsageError(f"{self._place(location)}: {text}{more}") from None
@@ -396,6 +398,8 @@ class _Reader:
         for length in range(len(location), 0, -1):
             if location[:length] in self._options:
                 return self._options[location[:length]]
+        if self._path is None:
+            return option_name(str(location[-1]))
         dotted = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location).removeprefix(".")
         line = self._line(location)
         where = f"{self._path}" if line is None else f"{self._path}:{line}"
@@ -450,7 +454,8 @@ def _problem(kind: str, location: Location, given: object) -> tuple[Location, st
     if kind == "extra_forbidden":
         return location, f"unknown key; {_hint(str(key), section)}"
     if kind == "missing" and section is not None:
-        return tuple(parent), f"{key} is missing: {section.model_fields[str(key)].description}"
+        meaning = _LINK.sub("", section.model_fields[str(key)].description or "")
+        return tuple(parent), f"{key} is missing: {meaning}"
     if _section(location) is not None or (location[0] in _SECTIONS and len(location) == 1):
         return location, f"expected {'tables' if len(location) == 1 else 'a table'}, got {_shown(given)}"
     if section is None:
@@ -495,6 +500,7 @@ def _shown(value: object) -> str:
     return text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]}..."
 
 
+_LINK = re.compile(r" \(\[[^]]*\]\([^)]*\)\)")
 _TYPE_TEXTS = {str: "a text", int: "a whole number", float: "a number", bool: "true or false"}
 
 
@@ -550,7 +556,11 @@ def _contradictions(config: LineConfig) -> Iterator[tuple[Location, str]]:
                 f"has {len(several)} products, so each needs part_ids that say which parts are its own; "
                 f"{', '.join(silent)} {'has' if len(silent) == 1 else 'have'} none",
             )
-        yield from _refused(location, lambda camera=camera: (camera.watch, camera.retry))
+        if camera.frozen_after == 1:
+            yield (*location, "frozen_after"), "expected 0 or at least 2 equal pictures, got 1"
+        if camera.first_retry_s > camera.longest_retry_s:
+            limit = f"at most longest_retry_s, {camera.longest_retry_s:g}"
+            yield (*location, "first_retry_s"), f"expected {limit}, got {camera.first_retry_s:g}"
         yield from _refused((*location, "source"), lambda camera=camera: open_merger(camera.source))
     if config.parts is not None:
         yield from _unknown_names(("parts", "cameras"), config.parts.cameras, config.cameras)
@@ -598,13 +608,17 @@ def _table(title: str, section: type[_Section]) -> str:
     for key, field in section.model_fields.items():
         if section is LineConfig and key in (*_SECTIONS, "parts"):
             continue
-        default = "" if field.default is None else "required" if field.is_required() else f"`{_toml(field.default)}`"
-        rows.append(f"| `{key}` | {_expected(field)} | {default} | {field.description} |")
+        rows.append(f"| `{key}` | {_expected(field)} | {_default(field)} | {field.description} |")
     return "\n".join(rows)
 
 
-def _toml(value: object) -> str:
-    return tomli_w.dumps({"value": value}).removeprefix("value = ").strip()
+def _default(field: FieldInfo) -> str:
+    """As the file would have it; empty where the key need not be there."""
+    if field.is_required():
+        return "required"
+    if field.default in (None, ()):
+        return ""
+    return tomli_w.dumps({"key": field.default}).replace("key = ", "`").replace("\n", "`")
 
 
 if __name__ == "__main__":
