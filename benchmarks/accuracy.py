@@ -184,7 +184,7 @@ def reverse_distillation(dataset: Dataset, recipe: Recipe, out: Path) -> Result:
     torch.manual_seed(recipe.seed)
     model = ReverseDistillation(recipe)
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    images = GoodImages([sample.path for sample in dataset.train_good], spec.input, cache=True)
+    images = GoodImages([sample.path for sample in dataset.train_good], spec.input)
     parameters = [*model.bottleneck.parameters(), *model.decoder.parameters()]
     optimizer = torch.optim.Adam(parameters, lr=5e-3, betas=(0.5, 0.999))
     order = batches(len(images), recipe.batch, seed=recipe.seed, start=0, stop=recipe.iterations)

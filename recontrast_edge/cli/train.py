@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import sys
+import time
 from pathlib import Path
 
 import typer
 
 from recontrast_edge.cli import app
-from recontrast_edge.errors import EXIT_INTERRUPTED, MissingError, UsageError
+from recontrast_edge.errors import MissingError, UsageError
 
 
 @app.command("train")
@@ -56,25 +57,45 @@ def train_command(
         help="Expression on the file name whose first group names the part; pictures of one part stay together.",
     ),
     device: str = typer.Option("auto", "--device", help="auto, cpu, cuda or cuda:N."),
-    workers: int | None = typer.Option(None, "--workers", min=0, help="Image reading processes; default: by device."),
+    workers: int | None = typer.Option(
+        None, "--workers", min=0, help="Processes that prepare images; default: by device."
+    ),
     resume: bool = typer.Option(False, "--resume", help="Go on from the run folder's checkpoint."),
     checkpoint_seconds: float = typer.Option(
         120.0, "--checkpoint-seconds", min=1.0, help="Seconds between checkpoints."
     ),
+    suspects: Path | None = typer.Option(
+        None,
+        "--suspects",
+        metavar="FILE.csv",
+        help="Before training, rank the training images by how unlike the others they are, for a person to look at; "
+        "a sheet of the first ones goes beside it, FILE.png. Of several categories, each has files of its own.",
+    ),
+    max_minutes: float | None = typer.Option(
+        None,
+        "--max-minutes",
+        min=0.0001,
+        help="Stop before so many minutes are over, with a checkpoint for --resume; exit code 13 if work is left.",
+    ),
 ) -> None:
     """Train a model on images of good parts; evaluate it if there is a test set.
 
-    Of a data set with several categories, each gets a model of its own, unless the recipe has unified = true.
+    Of a data set with several categories, each gets a model of its own, unless the recipe has unified = true. `torchrun
+    --nproc-per-node N -m recontrast_edge train ...` trains in N processes, one a GPU.
     """
     from recontrast_edge.uri import size_option
 
+    started_s = time.monotonic()
     given = [path for path in (data, data_option) if path is not None]
     if len(given) != 1:
         raise UsageError("train: expected the data set once, as argument or as --data")
+    if suspects is not None and suspects.suffix != ".csv":
+        raise UsageError(f"--suspects {suspects}: expected a file that ends in .csv")
     try:
         import torch  # noqa: F401
 
         from recontrast_train.campaign import train_all
+        from recontrast_train.distributed import is_main
         from recontrast_train.fit import TrainingStoppedError
         from recontrast_train.recipe import parse_settings
         from recontrast_train.training import TrainOptions
@@ -106,9 +127,12 @@ def train_command(
         workers=workers,
         resume=resume,
         checkpoint_every_s=checkpoint_seconds,
+        suspects=suspects,
+        deadline_s=None if max_minutes is None else started_s + 60 * max_minutes,
     )
     try:
         train_all(options)
     except TrainingStoppedError as stopped:
-        typer.echo(f"{stopped}; go on with the same command and --resume", err=True)
-        sys.exit(EXIT_INTERRUPTED)
+        if is_main():
+            typer.echo(f"{stopped}; go on with the same command and --resume", err=True)
+        sys.exit(stopped.exit_code)

@@ -29,7 +29,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> GoodImages:
         ramp = np.linspace(60 + 20 * index, 160, WIDTH)[None, :] + np.linspace(0, 30, HEIGHT)[:, None]
         paths.append(folder / f"{index}.png")
         cv2.imwrite(str(paths[-1]), (ramp + rng.normal(0, 4, ramp.shape)).clip(0, 255).astype(np.uint8))
-    return GoodImages(paths, INPUT, cache=True)
+    return GoodImages(paths, INPUT)
 
 
 def batch_of(images: GoodImages, draw: Draw = DRAW, **options: object):

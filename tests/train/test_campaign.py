@@ -13,7 +13,7 @@ import pytest
 pytest.importorskip("torch", reason="needs the train extra")
 
 from recontrast_edge.cli import main
-from recontrast_edge.errors import InputError, UsageError
+from recontrast_edge.errors import EXIT_UNFINISHED, InputError, UsageError
 from recontrast_train import training
 from recontrast_train.campaign import train_all
 from recontrast_train.fit import TrainingStoppedError, fit
@@ -169,3 +169,40 @@ def test_the_command(
     first = [line.split()[0] for line in table.splitlines() if line.strip()]
     assert [word for word in first if word.isalpha()] == ["category", "bottle", "screw", "mean", "published"]
     assert (out / "screw" / "model.safetensors").exists()
+
+
+def test_the_time_given_is_kept_and_what_is_left_goes_on(
+    mvtec: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "runs"
+    command = [
+        "recontrast-edge",
+        "train",
+        str(mvtec),
+        "--out",
+        str(out),
+        "--backbone",
+        "resnet18",
+        "--weights",
+        "random",
+    ]
+    command += ["--size", "64x64", "--iterations", "2", "--batch", "2"]
+
+    def run(*more: str) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", [*command, *more])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        return ended.value.code, capsys.readouterr().err
+
+    # In no time at all, one iteration is done all the same: trying again and again gets somewhere.
+    code, error = run("--max-minutes", "0.0001")
+    assert code == EXIT_UNFINISHED, error
+    assert "time is up after 1 of 2 iterations; go on with the same command and --resume" in error
+    assert (out / "bottle" / "checkpoint.safetensors").exists()
+    code, error = run("--max-minutes", "0.0001", "--resume")
+    assert code == EXIT_UNFINISHED, error
+    assert "time is up before the evaluation of bottle" in error
+    assert not (out / "screw").exists()
+    code, error = run("--max-minutes", "1000", "--resume")
+    assert code == 0, error
+    assert [row["error"] for row in read(out / "categories.json")["categories"]] == [None, None]

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -19,10 +20,12 @@ torch = pytest.importorskip("torch", reason="needs the train extra")
 from recontrast_edge.datasets import file_sha256  # noqa: E402
 from recontrast_edge.errors import InputError, MissingError, ModelError, UsageError  # noqa: E402
 from recontrast_edge.spec import InputSpec, ModelSpec  # noqa: E402
+from recontrast_train import data as data_module  # noqa: E402
+from recontrast_train import fit as training_loop  # noqa: E402
 from recontrast_train.data import GoodImages, balanced_batches, batches, split_holdout  # noqa: E402
-from recontrast_train.fit import TrainingStoppedError, fit  # noqa: E402
+from recontrast_train.fit import OutOfTimeError, TrainingStoppedError, fit  # noqa: E402
 from recontrast_train.model import ReContrast  # noqa: E402
-from recontrast_train.recipe import Recipe  # noqa: E402
+from recontrast_train.recipe import Recipe, load_recipe  # noqa: E402
 from recontrast_train.run import load_run  # noqa: E402
 from recontrast_train.training import TrainOptions, train  # noqa: E402
 
@@ -59,27 +62,34 @@ def data(tmp_path: Path) -> Path:
 
 
 def run_fit(
-    paths: list[Path], checkpoint: Path, *, stop_after: int | None = None, resume: bool = False, recipe: Recipe = RECIPE
+    paths: list[Path],
+    checkpoint: Path,
+    *,
+    stop_after: int | None = None,
+    resume: bool = False,
+    recipe: Recipe = RECIPE,
+    workers: int = 0,
 ):  # type: ignore[no-untyped-def]
     torch.manual_seed(recipe.seed)
-    model = ReContrast(recipe.backbone)
+    model = ReContrast(recipe.backbone, discriminator=recipe.discriminator)
     done = 0
 
     def on_iteration(iteration: int, loss: float | None) -> None:
         nonlocal done
         done = iteration
 
-    losses = fit(
+    fitted = fit(
         model,
-        GoodImages(paths, INPUT, cache=True),
+        GoodImages(paths, INPUT),
         recipe,
         checkpoint=checkpoint,
         fingerprint="same",
         resume=resume,
+        workers=workers,
         on_iteration=on_iteration,
         should_stop=lambda: stop_after is not None and done + 1 >= stop_after,
     )
-    return model, losses
+    return model, fitted.losses
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -96,6 +106,70 @@ def test_resumed_training_is_bitwise_the_unbroken_one(tmp_path: Path, precision:
         assert torch.equal(value, broken.state_dict()[key]), key
 
 
+def test_every_option_of_the_recipe_edge_resumes_bitwise(tmp_path: Path) -> None:
+    small = {"size_wh": [SIZE, SIZE], "iterations": 5, "batch": 4, "ema": 0.9, "lr_drop_at": 0.5}
+    recipe = load_recipe("edge", small).common
+    assert recipe.discriminator
+    assert recipe.precision == "bf16"
+    paths = write_images(tmp_path / "good", 5)
+    whole, whole_losses = run_fit(paths, tmp_path / "a.safetensors", recipe=recipe)
+    with pytest.raises(TrainingStoppedError):
+        run_fit(paths, tmp_path / "b.safetensors", stop_after=2, recipe=recipe)
+    # Nor does it matter who prepares the images.
+    broken, broken_losses = run_fit(paths, tmp_path / "b.safetensors", resume=True, recipe=recipe, workers=2)
+    assert whole_losses == broken_losses
+    for key, value in whole.state_dict().items():
+        assert torch.equal(value, broken.state_dict()[key]), key
+
+
+def test_training_ends_before_its_deadline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now_s = 0.0
+    save = training_loop.save_checkpoint
+
+    def slow_save(*arguments: object) -> None:
+        nonlocal now_s
+        now_s += 5.0
+        save(*arguments)  # type: ignore[arg-type]
+
+    def slow_iteration(iteration: int, loss: float | None) -> None:
+        nonlocal now_s
+        now_s += 10.0
+
+    monkeypatch.setattr(training_loop, "save_checkpoint", slow_save)
+    monkeypatch.setattr(training_loop, "time", SimpleNamespace(monotonic=lambda: now_s))
+    paths = write_images(tmp_path / "good", 3)
+    recipe = RECIPE.model_copy(update={"iterations": 1000})
+    checkpoint = tmp_path / "c.safetensors"
+    images = GoodImages(paths, INPUT)
+    given = {"checkpoint": checkpoint, "fingerprint": "x", "on_iteration": slow_iteration, "deadline_s": 100.0}
+    with pytest.raises(OutOfTimeError, match=r"time is up after \d of 1000"):
+        fit(ReContrast(RECIPE.backbone), images, recipe, **given)  # type: ignore[arg-type]
+    assert checkpoint.exists()
+    assert 70.0 <= now_s <= 100.0
+
+
+def test_images_are_read_before_training_where_workers_share_them(tmp_path: Path) -> None:
+    paths = write_images(tmp_path / "good", 4)
+    images = GoodImages(paths, INPUT)
+    images.load(2)
+    for path in paths:
+        path.unlink()
+    assert images[3].shape == (3, SIZE, SIZE)
+    paths[0].write_bytes(b"no image")
+    with pytest.raises(InputError, match="part0_0"):
+        GoodImages(paths[:1], INPUT).load(2)
+
+
+def test_what_a_worker_cannot_read_is_told_without_a_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data_module, "CACHE_BYTES", 0)
+    paths = write_images(tmp_path / "good", 2)
+    paths[0].write_bytes(b"no image")
+    with pytest.raises(InputError, match="part0_0") as raised:
+        run_fit(paths, tmp_path / "c", workers=1)
+    assert "Traceback" not in str(raised.value)
+    assert "Error: " not in str(raised.value)
+
+
 def test_the_loss_falls(tmp_path: Path) -> None:
     paths = write_images(tmp_path / "good", 4)
     _, losses = run_fit(paths, tmp_path / "c.safetensors", recipe=RECIPE.model_copy(update={"iterations": 25}))
@@ -109,12 +183,10 @@ def test_checkpoints_of_another_training_and_damaged_ones_are_refused(tmp_path: 
         run_fit(paths, checkpoint, stop_after=1)
     model = ReContrast(RECIPE.backbone)
     with pytest.raises(UsageError, match="another recipe"):
-        fit(
-            model, GoodImages(paths, INPUT, cache=True), RECIPE, checkpoint=checkpoint, fingerprint="other", resume=True
-        )
+        fit(model, GoodImages(paths, INPUT), RECIPE, checkpoint=checkpoint, fingerprint="other", resume=True)
     checkpoint.write_bytes(checkpoint.read_bytes()[:-100])
     with pytest.raises(ModelError, match="damaged checkpoint"):
-        fit(model, GoodImages(paths, INPUT, cache=True), RECIPE, checkpoint=checkpoint, fingerprint="same", resume=True)
+        fit(model, GoodImages(paths, INPUT), RECIPE, checkpoint=checkpoint, fingerprint="same", resume=True)
 
 
 def test_divergence_is_an_error(tmp_path: Path) -> None:
@@ -124,7 +196,7 @@ def test_divergence_is_an_error(tmp_path: Path) -> None:
     with torch.no_grad():
         model.heads[0][0].weight.fill_(float("nan"))
     with pytest.raises(ModelError, match="diverged"):
-        fit(model, GoodImages(paths, INPUT, cache=True), RECIPE, checkpoint=tmp_path / "c", fingerprint="x")
+        fit(model, GoodImages(paths, INPUT), RECIPE, checkpoint=tmp_path / "c", fingerprint="x")
 
 
 def test_fp16_needs_a_gpu(tmp_path: Path) -> None:

@@ -60,20 +60,27 @@ class Augmentation(Dataset[Batch]):
         self._offset = 255 * np.array(images.spec.mean, np.float32)
 
     def __getitem__(self, draw: Draw) -> Batch:
-        clean = [self._varied(index, draw, place) for place, index in enumerate(draw.indices)]
-        count = round(self._recipe.pseudo_defects * len(clean))
+        places = draw.places
+        clean = [self._varied(draw.indices[place], draw, place) for place in places]
+        count = round(self._recipe.pseudo_defects * len(draw.indices))
         if not count:
             return Batch(torch.stack(clean), None, None)
         altered, masks = [], []
-        for place in range(count):
-            pixels = self._pixels(clean[place])
+        for tensor, place in zip(clean, places, strict=True):
+            if place >= count:
+                break
+            pixels = self._pixels(tensor)
             changed = self._altered(pixels, self._generator(draw, place, 1)).clip(0, 255)
             altered.append(self._tensor(changed))
             masks.append(np.abs(changed - pixels).max(axis=2))
-        mask = torch.from_numpy(np.stack(masks))[:, None] > VISIBLE
-        cells = torch.nn.functional.max_pool2d(mask.float(), MASK_STRIDE)
-        none = cells.new_zeros(len(clean) - count, *cells.shape[1:])
-        return Batch(torch.stack(clean), torch.stack(altered), torch.cat([cells, none]))
+        images = torch.stack(clean)
+        # A process that shares its batch with others may have no altered image of it.
+        seen = torch.stack(altered) if altered else images[:0]
+        cells = images.new_zeros(len(clean), 1, images.shape[2] // MASK_STRIDE, images.shape[3] // MASK_STRIDE)
+        if masks:
+            mask = torch.from_numpy(np.stack(masks))[:, None] > VISIBLE
+            cells[: len(masks)] = torch.nn.functional.max_pool2d(mask.float(), MASK_STRIDE)
+        return Batch(images, seen, cells)
 
     def _generator(self, draw: Draw, place: int, purpose: int) -> np.random.Generator:
         return np.random.default_rng([self._recipe.seed, 4, draw.iteration, place, purpose])

@@ -16,6 +16,7 @@ from recontrast_edge.categories import CategoryRow, CategoryTable, show_categori
 from recontrast_edge.datasets import Dataset, find_dataset
 from recontrast_edge.errors import InputError, ModelError, UsageError
 from recontrast_edge.images import atomic_write
+from recontrast_train.distributed import choose_device, is_main, process_group
 from recontrast_train.recipe import RecipeFile, load_recipe
 from recontrast_train.training import TrainOptions, check_out, read_metrics, train
 
@@ -31,9 +32,13 @@ def train_all(options: TrainOptions, console: Console | None = None) -> None:
 
     Raises:
         RecontrastError: as ``train``; of the first category that failed, once the others are done.
-        TrainingStoppedError: stopped by Ctrl-C or SIGTERM; ``resume`` goes on.
+        TrainingStoppedError: stopped by Ctrl-C, SIGTERM or the deadline; ``resume`` goes on.
     """
-    console = console or Console(stderr=True)
+    with process_group(choose_device(options.device)):
+        _train_all(options, console or Console(stderr=True, quiet=not is_main()))
+
+
+def _train_all(options: TrainOptions, console: Console) -> None:
     dataset = find_dataset(options.data)
     recipe_file = load_recipe(options.recipe, options.overrides)
     if not dataset.categories:
@@ -44,7 +49,8 @@ def train_all(options: TrainOptions, console: Console | None = None) -> None:
         train(options, dataset, console)
     else:
         failures = _train_each(options, dataset, console)
-    _tabulate(options, dataset, recipe_file, failures)
+    if is_main():
+        _tabulate(options, dataset, recipe_file, failures)
     if failures:
         name, first = next(iter(failures.items()))
         raise type(first)(
@@ -60,7 +66,7 @@ def _train_each(options: TrainOptions, dataset: Dataset, console: Console) -> di
             f"--class-name names one product, but {dataset.name} has {len(dataset.categories)} categories with names "
             "of their own"
         )
-    each = [replace(options, data=category.root, out=options.out / category.name) for category in dataset.categories]
+    each = [_for_category(options, category) for category in dataset.categories]
     # What is in the way of the last one shall not come out after a day.
     for category_options in each:
         check_out(category_options)
@@ -73,6 +79,13 @@ def _train_each(options: TrainOptions, dataset: Dataset, console: Console) -> di
             failures[category.name] = error
             console.print(f"{category.name} failed: {error}", markup=False)
     return failures
+
+
+def _for_category(options: TrainOptions, category: Dataset) -> TrainOptions:
+    suspects = options.suspects
+    if suspects is not None:
+        suspects = suspects.with_name(f"{suspects.stem}-{category.name}{suspects.suffix}")
+    return replace(options, data=category.root, out=options.out / category.name, suspects=suspects)
 
 
 def _tabulate(

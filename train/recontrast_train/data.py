@@ -7,10 +7,13 @@ loader = make_loader(Augmentation(GoodImages(paths, input_spec), recipe), order,
 from __future__ import annotations
 
 import re
+import signal
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import cv2
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -21,9 +24,13 @@ from recontrast_edge.errors import InputError, UsageError
 from recontrast_edge.images import read_image
 from recontrast_edge.preprocess import preprocess
 from recontrast_edge.spec import InputSpec
+from recontrast_train.distributed import rank, world_size
 
 CACHE_BYTES = 2 * 1024**3
 """Preprocessed images are kept in memory up to this size; beyond, they are read again each time."""
+
+PREFETCH = 4
+"""Batches each worker prepares ahead: enough to bridge a slow one."""
 
 
 class GoodImages(Dataset[Tensor]):
@@ -33,21 +40,29 @@ class GoodImages(Dataset[Tensor]):
         paths: image files.
         spec: how they become network input.
         categories: of each image, for class-balanced batches; None where there is one.
-        cache: keep them in memory if all of them fit in ``CACHE_BYTES``.
     """
 
-    def __init__(
-        self, paths: Sequence[Path], spec: InputSpec, *, cache: bool, categories: Sequence[str] | None = None
-    ) -> None:
+    def __init__(self, paths: Sequence[Path], spec: InputSpec, *, categories: Sequence[str] | None = None) -> None:
         self.paths = list(paths)
         self.categories = list(categories or [""] * len(paths))
         self.spec = spec
         width, height = spec.size_wh
         fits = len(self.paths) * 3 * width * height * 4 <= CACHE_BYTES
-        self._cache: dict[int, Tensor] | None = {} if cache and fits else None
+        self._cache: dict[int, Tensor] | None = {} if fits else None
 
     def __len__(self) -> int:
         return len(self.paths)
+
+    def load(self, threads: int) -> None:
+        """Read all images now, if they are kept in memory.
+
+        Raises:
+            InputError: an image that cannot be used.
+        """
+        if self._cache is not None:
+            with ThreadPoolExecutor(threads) as pool:
+                for _ in pool.map(self.__getitem__, range(len(self))):
+                    pass
 
     def __getitem__(self, index: int) -> Tensor:
         """(3, H, W) float32."""
@@ -65,10 +80,23 @@ class GoodImages(Dataset[Tensor]):
 
 
 class Draw(NamedTuple):
-    """What makes a batch: the iteration it is for, and its images' indices."""
+    """What makes a batch, or one process's share of it.
+
+    Attributes:
+        iteration: the batch is for.
+        indices: of the whole batch's images.
+        rank, ranks: the process and how many there are; the images are dealt out like cards.
+    """
 
     iteration: int
     indices: tuple[int, ...]
+    rank: int = 0
+    ranks: int = 1
+
+    @property
+    def places(self) -> range:
+        """Places in the whole batch of the images that are this process's."""
+        return range(self.rank, len(self.indices), self.ranks)
 
 
 def batches(count: int, size: int, *, seed: int, start: int, stop: int) -> Iterator[list[int]]:
@@ -120,11 +148,32 @@ def make_loader(
 
     Args:
         images: takes a ``Draw`` for an index.
-        order: image indices of each iteration.
+        order: image indices of each iteration, of the whole batch; each process of a training gets its share.
         start: the first iteration's number.
+        workers: processes; 0 prepares each batch when it is asked for.
+        pin: page-locked memory, which copies to a GPU while that computes.
     """
-    draws = [Draw(iteration, tuple(indices)) for iteration, indices in enumerate(order, start)]
-    return DataLoader(images, sampler=draws, batch_size=None, num_workers=workers, pin_memory=pin)
+    draws = [Draw(iteration, tuple(indices), rank(), world_size()) for iteration, indices in enumerate(order, start)]
+    # One pass over the draws is the whole training, so the workers live as long as it does.
+    return DataLoader(
+        images,
+        sampler=draws,
+        batch_size=None,
+        num_workers=workers,
+        prefetch_factor=PREFETCH if workers else None,
+        pin_memory=pin,
+        worker_init_fn=_start_worker,
+        # Forked workers share the images that are in memory already.
+        multiprocessing_context="fork" if workers else None,
+    )
+
+
+def _start_worker(number: int) -> None:
+    # Stopping is the training's business: a worker that ends first would be taken for a crash.
+    for name in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(name, signal.SIG_IGN)
+    # The threads of the parent's OpenCV are not there in a forked process.
+    cv2.setNumThreads(0)
 
 
 def split_holdout(

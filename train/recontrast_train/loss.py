@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from recontrast_train.discriminator import Pairs
+from recontrast_train.distributed import mean_and_std
 
 
 def mining_alpha(iteration: int, iterations: int, *, start: float = -3.0, end: float = 1.0, ramp: float = 0.1) -> float:
@@ -22,7 +23,8 @@ def mining_alpha(iteration: int, iterations: int, *, start: float = -3.0, end: f
 
 
 def easy_positions(target: Tensor, reconstruction: Tensor, alpha: float) -> Tensor:
-    """Positions whose distance is under ``mean + alpha * std``, both over batch and positions.
+    """Positions whose distance is under ``mean + alpha * std``, both over positions and batch: the whole one, if
+    several processes share it.
 
     Args:
         target, reconstruction: (N, C, h, w).
@@ -32,7 +34,8 @@ def easy_positions(target: Tensor, reconstruction: Tensor, alpha: float) -> Tens
     """
     with torch.no_grad():
         distance = 1 - functional.cosine_similarity(target, reconstruction, dim=1)
-        threshold = distance.mean() + alpha * distance.std()
+        mean, std = mean_and_std(distance)
+        threshold = mean + alpha * std
         return (distance < threshold).unsqueeze(1)
 
 

@@ -65,6 +65,9 @@ class Recipe(BaseModel):
     score_rule: Literal["max", "top"] = "max"
     top_fraction: Fraction = 0.01
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 111
+    ema: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Keep an average of the weights in which each iteration's counts this much less than the next one's: 0.999
+    averages over about 1000 iterations, 0 keeps the last one's."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Autocast of forward and backward pass; loss and weights stay float32. ``fp16`` needs a GPU."""
     channels_last: bool = True
@@ -105,6 +108,8 @@ class Recipe(BaseModel):
             raise ValueError(f"resize_wh {resize} is smaller than size_wh {self.size_wh}")
         if self.discriminator and not self.pseudo_defects:
             raise ValueError("a discriminator learns from pseudo_defects; give a share of them, such as 0.5")
+        if self.pseudo_defects and not round(self.pseudo_defects * self.batch):
+            raise ValueError(f"pseudo_defects {self.pseudo_defects} is no image of a batch of {self.batch}")
         if not any((*self.level_weights, self.discriminator and self.discriminator_weight)):
             raise ValueError("level_weights are all 0, so the map would be empty")
         if self.class_balanced and not self.unified:

@@ -10,6 +10,7 @@ import json
 import os
 import platform
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -26,18 +27,20 @@ from recontrast_edge import __version__
 from recontrast_edge.artifact import METRICS_FILE, SPEC_FILE, WEIGHTS_FILE
 from recontrast_edge.cli.evaluate import show_evaluation
 from recontrast_edge.datasets import Dataset, Sample, data_sha256, find_dataset
-from recontrast_edge.errors import InputError, MissingError, UsageError
+from recontrast_edge.errors import InputError, UsageError
 from recontrast_edge.evaluation import evaluate
 from recontrast_edge.images import atomic_write
 from recontrast_edge.spec import InputSpec, Level, ModelSpec, Scoring, Training
-from recontrast_train.backbones import Weights, backbone
+from recontrast_train.backbones import Weights, backbone, load_weights
 from recontrast_train.data import GoodImages, split_holdout
-from recontrast_train.fit import check_precision, fit
+from recontrast_train.distributed import all_or_none, choose_device, is_main, world_size
+from recontrast_train.fit import Fitted, OutOfTimeError, check_options, fit
 from recontrast_train.model import STRIDES, ReContrast
 from recontrast_train.recipe import Recipe, load_recipe
 from recontrast_train.report import write_loss_curve, write_report
 from recontrast_train.run import HOLDOUT_FILE, load_run, save_run, weights_bytes
 from recontrast_train.score import TorchScorer, level_spreads, with_training_images
+from recontrast_train.suspects import rank_suspects, sheet_path, write_suspects
 
 CHECKPOINT_FILE = "checkpoint.safetensors"
 LOSS_FILE = "loss.csv"
@@ -57,9 +60,11 @@ class TrainOptions:
         holdout: share of the good images to set aside for calibration.
         holdout_group: expression naming the part an image shows.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
-        workers: reader processes; None chooses.
+        workers: processes that prepare images; None chooses.
         resume: go on from the run folder's checkpoint.
         checkpoint_every_s: seconds between checkpoints.
+        deadline_s: moment of ``time.monotonic`` by which training stops, with a checkpoint; None for none.
+        suspects: CSV file for the ranking of the training images; None for none.
     """
 
     data: Path
@@ -74,6 +79,8 @@ class TrainOptions:
     workers: int | None = None
     resume: bool = False
     checkpoint_every_s: float = 120.0
+    deadline_s: float | None = None
+    suspects: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -86,10 +93,23 @@ class _Training:
     sha256: str
 
 
+@dataclass(frozen=True)
+class _Job:
+    """What the steps of one training share."""
+
+    options: TrainOptions
+    dataset: Dataset
+    recipe: Recipe
+    device: torch.device
+    training: _Training
+
+
 def train(options: TrainOptions, dataset: Dataset | None = None, console: Console | None = None) -> ModelSpec:
     """Train one model, save it, evaluate it on the test set if there is one, and draw the report.
 
     A training that had finished, of the same recipe and data, is not repeated, nor is its evaluation.
+
+    Of several processes (``distributed.process_group``), process 0 writes, evaluates and prints.
 
     Args:
         options: what the command line gives.
@@ -102,20 +122,27 @@ def train(options: TrainOptions, dataset: Dataset | None = None, console: Consol
 
     Raises:
         RecontrastError: bad data, recipe or weights, a run folder that is in the way, a diverged loss.
-        TrainingStoppedError: stopped by Ctrl-C or SIGTERM; ``resume`` goes on.
+        TrainingStoppedError: stopped by Ctrl-C, SIGTERM or the deadline; ``resume`` goes on.
     """
-    console = console or Console(stderr=True)
+    console = console or Console(stderr=True, quiet=not is_main())
     dataset = dataset or find_dataset(options.data)
     recipe = load_recipe(options.recipe, options.overrides).for_class(options.class_name or dataset.name)
-    device = _device(options.device)
-    check_precision(recipe, device)
+    device = choose_device(options.device)
+    check_options(recipe, device)
     training = _choose(dataset, options, recipe)
-    if check_out(options):
-        spec = _check_finished(options, recipe, training)
+    job = _Job(options, dataset, recipe, device, training)
+    finished = check_out(options)
+    if options.suspects is not None:
+        with all_or_none():
+            if is_main():
+                _rank_suspects(job, options.suspects, console)
+    if finished:
+        spec = _check_finished(job)
         console.print(f"{options.out}: training had finished")
     else:
-        spec = _fit(options, recipe, device, dataset, training, console)
-    _evaluate(options.out, spec, dataset, device)
+        spec = _fit(job, console)
+    if is_main():
+        _evaluate(job, spec)
     console.print(f"Run folder: {options.out}")
     if training.held_out:
         count = len(training.held_out)
@@ -142,18 +169,26 @@ def _choose(dataset: Dataset, options: TrainOptions, recipe: Recipe) -> _Trainin
     return _Training(paths, categories, held_out, data_sha256([Sample(path) for path in paths]))
 
 
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise UsageError(f"unknown device {name!r}; expected auto, cpu, cuda or cuda:N") from None
-    if device.type not in ("cpu", "cuda"):
-        raise UsageError(f"device {name!r} is not supported; expected auto, cpu, cuda or cuda:N")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise MissingError("no CUDA GPU that PyTorch can use; train with --device cpu, or see `recontrast-edge doctor`")
-    return device
+def input_spec(recipe: Recipe) -> InputSpec:
+    entry = backbone(recipe.backbone)
+    return InputSpec(
+        size_wh=recipe.size_wh,
+        resize_wh=recipe.resize_wh or recipe.size_wh,
+        mean=entry.mean,
+        std=entry.std,
+        roi=recipe.roi,
+    )
+
+
+def _rank_suspects(job: _Job, path: Path, console: Console) -> None:
+    if job.options.weights == "random":
+        raise UsageError("--suspects compares pretrained features; expected other --weights than random")
+    encoder = backbone(job.recipe.backbone).build()
+    load_weights(encoder, job.recipe.backbone, job.options.weights)
+    images = GoodImages(job.training.paths, input_spec(job.recipe))
+    suspects = rank_suspects(encoder.to(job.device).eval(), images, seed=job.recipe.seed)
+    write_suspects(path, suspects, images)
+    console.print(f"Training images least like the others, to look at: {path} and {sheet_path(path)}", markup=False)
 
 
 def check_out(options: TrainOptions) -> bool:
@@ -168,15 +203,15 @@ def check_out(options: TrainOptions) -> bool:
     return finished
 
 
-def _check_finished(options: TrainOptions, recipe: Recipe, training: _Training) -> ModelSpec:
+def _check_finished(job: _Job) -> ModelSpec:
     """The spec of a finished run, if it is the one that would be trained now."""
-    path = options.out / SPEC_FILE
-    spec = ModelSpec.loads(path.read_bytes(), where=str(path))
-    wanted, found = _resolved(options, recipe), spec.training.recipe
+    options = job.options
+    spec = _read_spec(options.out)
+    wanted, found = _resolved(job), spec.training.recipe
     differing = [key for key in wanted if wanted[key] != found.get(key)]
     if (options.weights == "random") != (found.get("initial_weights") == "random"):
         differing.append("initial weights")
-    if training.sha256 != spec.training.data_sha256:
+    if job.training.sha256 != spec.training.data_sha256:
         differing.append("images")
     if differing:
         raise UsageError(
@@ -186,40 +221,32 @@ def _check_finished(options: TrainOptions, recipe: Recipe, training: _Training) 
     return spec
 
 
-def _resolved(options: TrainOptions, recipe: Recipe) -> dict[str, Any]:
-    return {**recipe.model_dump(mode="json"), "recipe": options.recipe}
+def _read_spec(out: Path) -> ModelSpec:
+    path = out / SPEC_FILE
+    return ModelSpec.loads(path.read_bytes(), where=str(path))
 
 
-def _fit(
-    options: TrainOptions,
-    recipe: Recipe,
-    device: torch.device,
-    dataset: Dataset,
-    training: _Training,
-    console: Console,
-) -> ModelSpec:
-    entry = backbone(recipe.backbone)
-    input_spec = InputSpec(
-        size_wh=recipe.size_wh,
-        resize_wh=recipe.resize_wh or recipe.size_wh,
-        mean=entry.mean,
-        std=entry.std,
-        roi=recipe.roi,
-    )
+def _resolved(job: _Job) -> dict[str, Any]:
+    return {**job.recipe.model_dump(mode="json"), "recipe": job.options.recipe}
+
+
+def _fit(job: _Job, console: Console) -> ModelSpec:
+    options, recipe, device, training = job.options, job.recipe, job.device, job.training
     torch.manual_seed(recipe.seed)
     model = ReContrast(recipe.backbone, encoder_bn=recipe.encoder_bn, discriminator=recipe.discriminator)
     weights_digest = model.load_encoder_weights(options.weights)
-    resolved = {**_resolved(options, recipe), "initial_weights": weights_digest}
+    resolved = {**_resolved(job), "initial_weights": weights_digest}
     fingerprint = hashlib.sha256(json.dumps([resolved, training.sha256], sort_keys=True).encode()).hexdigest()
 
-    console.print(_recipe_table(resolved, dataset, training, device))
-    if training.held_out:
+    console.print(_recipe_table(resolved, job))
+    if training.held_out and is_main():
         _write_holdout(options.out, training.held_out)
     workers = options.workers
     if workers is None:
         # On the CPU the network needs the cores, and the cache makes reading rare.
-        workers = min(8, os.cpu_count() or 1) if device.type == "cuda" else 0
-    images = GoodImages(training.paths, input_spec, cache=workers == 0, categories=training.categories)
+        processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        workers = min(8, max(1, (os.cpu_count() or 1) // processes)) if device.type == "cuda" else 0
+    images = GoodImages(training.paths, input_spec(recipe), categories=training.categories)
     checkpoint = options.out / CHECKPOINT_FILE
     with _progress(console) as progress, _stop_signals() as stopped:
         task = progress.add_task("training", total=recipe.iterations, loss="-")
@@ -231,7 +258,7 @@ def _fit(
             if not console.is_terminal and done % max(1, recipe.iterations // 20) == 0:
                 console.print(f"iteration {done} of {recipe.iterations}, loss {known}")
 
-        losses = fit(
+        fitted = fit(
             model,
             images,
             recipe,
@@ -243,12 +270,37 @@ def _fit(
             checkpoint_every_s=options.checkpoint_every_s,
             on_iteration=report,
             should_stop=lambda: bool(stopped),
+            deadline_s=options.deadline_s,
         )
+    console.print(_speed(fitted, device))
+    with all_or_none():
+        if is_main():
+            _save(job, resolved, model, images, fitted.losses)
+            checkpoint.unlink(missing_ok=True)
+    return _read_spec(options.out)
+
+
+def _speed(fitted: Fitted, device: torch.device) -> str:
+    """What tells a user whether the reading of images or the network is the slow part."""
+    share = fitted.data_wait_s / fitted.duration_s if fitted.duration_s else 0.0
+    line = (
+        f"Trained for {fitted.duration_s:.1f} s, {fitted.images / max(fitted.duration_s, 1e-9):.1f} images/s, "
+        f"{fitted.data_wait_s:.1f} s of it ({share:.0%}) waiting for images"
+    )
+    if device.type == "cuda":
+        line += f", at most {torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB of GPU memory"
+    return line
+
+
+def _save(job: _Job, resolved: dict[str, Any], model: ReContrast, images: GoodImages, losses: list[float]) -> None:
+    """Write the run folder: weights and spec, losses and their curve."""
+    options, dataset, recipe, device, training = job.options, job.dataset, job.recipe, job.device, job.training
+    entry = backbone(recipe.backbone)
     weights = weights_bytes(model)
     spec = ModelSpec(
         class_name=options.class_name or dataset.name,
         backbone=recipe.backbone,
-        input=input_spec,
+        input=images.spec,
         levels=tuple(Level(stride=s, channels=c) for s, c in zip(STRIDES, entry.channels, strict=True)),
         scoring=Scoring(
             blur_sigma=recipe.blur_sigma,
@@ -276,8 +328,6 @@ def _fit(
     _write_losses(options.out, losses)
     write_loss_curve(options.out, losses)
     save_run(options.out, weights, spec)
-    checkpoint.unlink(missing_ok=True)
-    return spec
 
 
 def _level_weights(model: ReContrast, images: GoodImages, recipe: Recipe) -> tuple[float, ...] | None:
@@ -303,8 +353,9 @@ def _write_holdout(out: Path, held_out: list[Path]) -> None:
         )
 
 
-def _evaluate(out: Path, spec: ModelSpec, dataset: Dataset, device: torch.device) -> None:
+def _evaluate(job: _Job, spec: ModelSpec) -> None:
     """Evaluate each category that has a test set, unless its folder holds just that evaluation already."""
+    options, dataset, out = job.options, job.dataset, job.options.out
     scorer: TorchScorer | None = None
     for category in dataset.categories or (dataset,):
         if not category.test:
@@ -317,8 +368,10 @@ def _evaluate(out: Path, spec: ModelSpec, dataset: Dataset, device: torch.device
         known = read_metrics(folder) or {}
         if all(known.get(key) == value for key, value in identity.items()):
             continue
+        if options.deadline_s is not None and time.monotonic() > options.deadline_s:
+            raise OutOfTimeError(f"time is up before the evaluation of {category.name}")
         if scorer is None:
-            scorer = TorchScorer(load_run(out)[0].to(device), spec)
+            scorer = TorchScorer(load_run(out)[0].to(job.device), spec)
         result = evaluate(scorer, category.test, spec, progress=True)
         write_report(folder, result, category.name)
         with atomic_write(folder / METRICS_FILE) as file:
@@ -335,9 +388,10 @@ def read_metrics(folder: Path) -> dict[str, Any] | None:
     return content if isinstance(content, dict) else None
 
 
-def _recipe_table(resolved: dict[str, Any], dataset: Dataset, training: _Training, device: torch.device) -> Table:
-    counts = f"{len(training.paths)} good images, {len(training.held_out)} held out"
-    table = Table(title=f"{dataset.name}: {counts}, on {device}", show_header=False)
+def _recipe_table(resolved: dict[str, Any], job: _Job) -> Table:
+    counts = f"{len(job.training.paths)} good images, {len(job.training.held_out)} held out"
+    processes = f", {world_size()} processes" if world_size() > 1 else ""
+    table = Table(title=f"{job.dataset.name}: {counts}, on {job.device}{processes}", show_header=False)
     for key, value in resolved.items():
         table.add_row(key, str(value))
     return table

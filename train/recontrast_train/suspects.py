@@ -1,0 +1,183 @@
+"""Training images that a person should look at before they are trusted to be good: those least like the others.
+
+    ranked = rank_suspects(encoder, images := GoodImages(paths, input_spec))
+    write_suspects(Path("suspects.csv"), ranked, images)
+
+Each position of an image is compared with the other images, in the pretrained features of strides 8 and 16 as PatchCore
+(Roth et al., CVPR 2022) takes them: its distance is that to the image of third-nearest likeness, so that a defect that
+two other images share still stands out. An image's score is its largest distance. No trained model is asked, because it
+has learnt to reconstruct the defects it was shown; ``docs/training.md`` has the comparison.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional
+
+from recontrast_edge.errors import UsageError
+from recontrast_edge.images import atomic_write
+from recontrast_train.data import GoodImages
+
+NEIGHBOUR = 3
+"""Which of the other images, by likeness, a position's distance is measured to."""
+
+BANK = 20_000
+"""Positions kept of all images together; of more, each image gives equally many, drawn at random."""
+
+DIMENSIONS = 256
+"""Features with more channels are projected to so many: that keeps distances well enough for ranking."""
+
+CHUNK = 1024
+"""Positions compared at once, which bounds the memory to 80 MB."""
+
+SHEET_IMAGES = 24
+_COLUMNS = 6
+
+
+@dataclass(frozen=True, eq=False)
+class Suspect:
+    """One training image.
+
+    Attributes:
+        index: of the image among the training images.
+        path: of the image.
+        score: its largest distance; comparable within one ranking only.
+        relative: the score as a multiple of the median score of all training images.
+        heat: (h, w) float32 distances at stride 8.
+    """
+
+    index: int
+    path: Path
+    score: float
+    relative: float
+    heat: NDArray[np.float32]
+
+
+def rank_suspects(encoder: nn.Module, images: GoodImages, *, seed: int = 0) -> list[Suspect]:
+    """All training images, the most suspicious first.
+
+    Args:
+        encoder: pretrained, in eval mode; gives the features at strides 4, 8 and 16.
+        images: at least 2.
+        seed: of the draws.
+
+    Raises:
+        UsageError: fewer than 2 images.
+        InputError: an image cannot be read.
+    """
+    count = len(images)
+    if count < 2:
+        raise UsageError(f"--suspects compares images with each other; expected at least 2, got {count}")
+    generator = torch.Generator().manual_seed(seed)
+    share = max(1, BANK // count)
+    bank = torch.stack([_draw(features, share, generator) for features, _ in _features(encoder, images, seed)])
+    squares = bank.square().sum(2)
+    heats: list[NDArray[np.float32]] = []
+    for index, (features, size_hw) in enumerate(_features(encoder, images, seed)):
+        to_images = torch.cat([_to_images(some, bank, squares) for some in features.split(CHUNK)])
+        to_images[:, index] = torch.inf
+        nearest = to_images.topk(min(NEIGHBOUR, count - 1), dim=1, largest=False).values[:, -1].clamp_min(0).sqrt()
+        heat = functional.avg_pool2d(nearest.reshape(1, 1, *size_hw), 3, 1, 1, count_include_pad=False)
+        heats.append(heat[0, 0].cpu().numpy())
+    scores = np.array([heat.max() for heat in heats])
+    median = max(float(np.median(scores)), 1e-12)
+    return [
+        Suspect(int(index), images.paths[index], float(scores[index]), float(scores[index]) / median, heats[index])
+        for index in np.argsort(-scores, kind="stable")
+    ]
+
+
+def _to_images(features: Tensor, bank: Tensor, squares: Tensor) -> Tensor:
+    """Squared distances from (p, C) positions to the nearest of each image's in the (n, m, C) bank: (p, n)."""
+    products = torch.einsum("pc,nmc->pnm", features, bank)
+    return (features.square().sum(1)[:, None, None] + squares - 2 * products).amin(2)
+
+
+def _features(encoder: nn.Module, images: GoodImages, seed: int) -> Iterator[tuple[Tensor, tuple[int, int]]]:
+    """Of one image after the other: features (positions, C) and the grid's (height, width)."""
+    device = next(encoder.parameters()).device
+    projection: Tensor | None = None
+    for index in range(len(images)):
+        with torch.inference_mode():
+            levels = encoder(images[index][None].to(device))
+            middle, coarse = (functional.avg_pool2d(level.float(), 3, 1, 1) for level in levels[1:])
+            size_hw = (middle.shape[2], middle.shape[3])
+            coarse = functional.interpolate(coarse, size_hw, mode="bilinear", align_corners=False)
+            features = torch.cat([middle, coarse], dim=1)[0].flatten(1).T
+            if features.shape[1] > DIMENSIONS:
+                if projection is None:
+                    normal = torch.randn(features.shape[1], DIMENSIONS, generator=torch.Generator().manual_seed(seed))
+                    projection = (normal / DIMENSIONS**0.5).to(device)
+                features = features @ projection
+            yield features.contiguous(), size_hw
+
+
+def _draw(features: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    if count >= len(features):
+        return features
+    return features[torch.randperm(len(features), generator=generator)[:count].to(features.device)]
+
+
+def _picture(images: GoodImages, index: int) -> NDArray[np.float32]:
+    spec = images.spec
+    rgb = images[index].numpy().transpose(1, 2, 0) * np.array(spec.std) + np.array(spec.mean)
+    return np.asarray(rgb.clip(0, 1), np.float32)
+
+
+def sheet_path(path: Path) -> Path:
+    """Where the pictures go that belong to a ranking."""
+    return path.with_suffix(".png")
+
+
+def write_suspects(path: Path, suspects: Sequence[Suspect], images: GoodImages) -> None:
+    """Write the ranking as CSV, and a sheet of the first ones beside it, ``sheet_path(path)``.
+
+    Raises:
+        OutputError: a file cannot be written.
+    """
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["rank", "image", "score", "times_median"])
+    for rank, suspect in enumerate(suspects, 1):
+        writer.writerow([rank, suspect.path, f"{suspect.score:.6g}", f"{suspect.relative:.3f}"])
+    with atomic_write(path) as file:
+        file.write(text.getvalue().encode(errors="surrogateescape"))
+    with atomic_write(sheet_path(path)) as file:
+        file.write(_sheet(suspects[:SHEET_IMAGES], images))
+
+
+def _sheet(shown: Sequence[Suspect], images: GoodImages) -> bytes:
+    """Images with their suspicious places outlined, as PNG."""
+    rows = -(-len(shown) // _COLUMNS)
+    figure = Figure(figsize=(2.4 * _COLUMNS, 2.75 * rows + 0.4), layout="constrained")
+    figure.suptitle("Least like the others; outlined is what made them so. Times: score by the median of all")
+    grid = np.asarray(figure.subplots(rows, _COLUMNS, squeeze=False)).ravel()
+    for axes in grid:
+        axes.set_axis_off()
+    for rank, (axes, suspect) in enumerate(zip(grid[: len(shown)], shown, strict=True), 1):
+        picture = _picture(images, suspect.index)
+        axes.imshow(picture)
+        # Centres of the heat's cells in the picture's pixels.
+        (height, width), (heat_height, heat_width) = picture.shape[:2], suspect.heat.shape
+        y = (np.arange(heat_height) + 0.5) * height / heat_height - 0.5
+        x = (np.arange(heat_width) + 0.5) * width / heat_width - 0.5
+        # Half way from the image's usual distance to its largest, so that every image shows one place at least.
+        level = (float(np.median(suspect.heat)) + float(suspect.heat.max())) / 2
+        if min(suspect.heat.shape) > 1 and level < suspect.heat.max():
+            axes.contour(x, y, suspect.heat, levels=[level], colors="#ff3b30", linewidths=1.5)
+        name = suspect.path.name if len(suspect.path.name) <= 26 else f"...{suspect.path.name[-23:]}"
+        # A dollar sign in a file's name is no formula.
+        axes.set_title(f"{rank}: {suspect.relative:.2f} times\n{name}", fontsize=8, parse_math=False)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=100)
+    return buffer.getvalue()
