@@ -21,11 +21,11 @@ from torch import Tensor, fx, nn
 from torch.nn import functional
 
 from recontrast_edge.errors import ModelError
-from recontrast_edge.scoring import reconstruction_name, target_name
 from recontrast_export.graph import Graph, Pairs
 from recontrast_train.backbones import SameConv2d
 from recontrast_train.discriminator import Discriminator
 from recontrast_train.model import STRIDES, ReContrast
+from recontrast_train.tracing import Tracer, folded_norm, node_names, pair_names
 
 
 def add_network(graph: Graph, model: ReContrast, image: str) -> Pairs:
@@ -44,14 +44,10 @@ def add_network(graph: Graph, model: ReContrast, image: str) -> Pairs:
     """
     if model.training:
         raise ValueError("expected a model in eval mode")
-    traced = _Tracer().trace(model)
-    views = next(node for node in traced.nodes if node.op == "output").args[0]
-    names: dict[fx.Node, str] = {}
-    for view, levels in enumerate(views):
-        for level, (target, reconstruction) in enumerate(levels):
-            names[target] = target_name(view, level)
-            names[reconstruction] = reconstruction_name(view, level)
+    traced = Tracer().trace(model)
+    names = pair_names(traced)
     _Translation(graph, model, names).run(traced, image)
+    views: Any = next(node for node in traced.nodes if node.op == "output").args[0]
     return [[(names[target], names[reconstruction]) for target, reconstruction in levels] for levels in views]
 
 
@@ -68,16 +64,10 @@ def add_discriminator(graph: Graph, discriminator: Discriminator, levels: Sequen
     """
     if discriminator.training:
         raise ValueError("expected a discriminator in eval mode")
-    traced = _Tracer().trace(discriminator)
+    traced = Tracer().trace(discriminator)
     logits: Any = next(node for node in traced.nodes if node.op == "output").args[0]
     values = _Translation(graph, discriminator, {}, prefix="discriminator/").run(traced, list(levels))
     return graph.node("Sigmoid", [values[logits]], "discriminator/probability")
-
-
-class _Tracer(fx.Tracer):
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        # Its forward computes with sizes, which tracing cannot follow.
-        return isinstance(m, SameConv2d) or super().is_leaf_module(m, module_qualified_name)
 
 
 class _Translation:
@@ -92,7 +82,7 @@ class _Translation:
         self._prefix = prefix
         self._modules = dict(model.named_modules())
         self._value_names = names
-        self._used: set[str] = set()
+        self._names: dict[fx.Node, str] = {}
         self.values: dict[fx.Node, Any] = {}
 
     def run(self, traced: fx.Graph, argument: Any) -> dict[fx.Node, Any]:
@@ -105,6 +95,7 @@ class _Translation:
         Returns:
             ``values``.
         """
+        self._names = node_names(traced, self._prefix)
         for node in traced.nodes:
             if node.op == "placeholder":
                 self.values[node] = argument
@@ -127,7 +118,7 @@ class _Translation:
             self._emit(node, "Clip", [self.values[args[0]], lower, upper])
         elif node.target == "chunk":
             # Chunk and Split differ where the size is no multiple; the batch here is always two views.
-            path = self._path(node)
+            path = self._names[node]
             halves = [f"{path}/{index}" for index in range(args[1])]
             attributes = {"axis": node.kwargs["dim"], "num_outputs": len(halves)}
             self.values[node] = self._graph.nodes("Split", [self.values[args[0]]], path, halves, **attributes)
@@ -157,15 +148,14 @@ class _Translation:
         weight, bias = _array(module.weight), None if module.bias is None else _array(module.bias)
         result = node
         # A batch norm that is the only reader of this convolution is a scale and an offset of its output channels.
-        reader = next(iter(node.users)) if len(node.users) == 1 else node
-        norm = self._modules.get(str(reader.target))
-        if isinstance(norm, nn.BatchNorm2d):
+        folded = folded_norm(node, self._modules)
+        if folded is not None:
+            result, norm = folded
             scale, offset = _affine(norm)
             # Output channels are the first axis of (out, in, h, w), the second of a transposed (in, out, h, w).
             weight = weight * scale.reshape((1, -1, 1, 1) if transposed else (-1, 1, 1, 1))
             bias = offset if bias is None else bias * scale + offset
-            result = reader
-        path = self._path(node)
+        path = self._names[node]
         inputs = [x, self._graph.constant(f"{path}/weight", weight.astype(np.float32))]
         if bias is not None:
             inputs.append(self._graph.constant(f"{path}/bias", bias.astype(np.float32)))
@@ -183,23 +173,7 @@ class _Translation:
 
     def _emit(self, node: fx.Node, op: str, inputs: Sequence[str], **attributes: Any) -> None:
         value_name = self._value_names.get(node)
-        self.values[node] = self._graph.node(op, inputs, self._path(node), value_name, **attributes)
-
-    def _path(self, node: fx.Node) -> str:
-        """A unique name: the path of the module, or of the module that called the function."""
-        if node.op == "call_module":
-            path = str(node.target)
-        else:
-            enclosing = [key for key in node.meta.get("nn_module_stack", {}) if key]
-            function = node.target if isinstance(node.target, str) else node.target.__name__
-            path = ".".join([*enclosing[-1:], function])
-        path = self._prefix + path.replace(".", "/")
-        unique, count = path, 1
-        while unique in self._used:
-            count += 1
-            unique = f"{path}_{count}"
-        self._used.add(unique)
-        return unique
+        self.values[node] = self._graph.node(op, inputs, self._names[node], value_name, **attributes)
 
 
 def _affine(norm: nn.BatchNorm2d) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
