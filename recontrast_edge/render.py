@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from recontrast_edge.errors import InputError
-from recontrast_edge.frame import Judgement, VerdictName
+from recontrast_edge.frame import Frame, Judgement, VerdictName
 from recontrast_edge.preprocess import Geometry, Image, check_image
 from recontrast_edge.spec import InputSpec
 
@@ -136,9 +136,14 @@ def draw_map(part: Image, heat: Image, judgement: Judgement, input_spec: InputSp
         cv2.drawContours(heat, outlines, -1, WHITE, 1, cv2.LINE_AA, offset=(left, top))
 
 
+def frame_name(frame: Frame) -> str:
+    """``#12``, or ``left #12`` where a line has several cameras."""
+    return f"#{frame.frame_id}" if frame.camera is None else f"{frame.camera} #{frame.frame_id}"
+
+
 def describe(judgement: Judgement) -> str:
     """The numbers behind a verdict in one line: ``#12  1.204 > 0.950  truth defect``."""
-    parts = [f"#{judgement.frame.frame_id}"]
+    parts = [frame_name(judgement.frame)]
     if judgement.score is not None:
         sign = ">" if judgement.score > judgement.threshold else "<="
         parts.append(f"{judgement.score:.3f} {sign} {judgement.threshold:.3f}")

@@ -307,7 +307,8 @@ def run_line(config: LineConfig) -> None:
             sinks = [until_run.enter_context(closing(open_sink(engines[0].spec.input))) for open_sink in openers]
             if not config.quiet:
                 names = ", ".join(dict.fromkeys(f"{engine.spec.class_name} · {engine.name}" for engine in engines))
-                title = f"{names} · {', '.join(camera.uri for camera in line.cameras)}"
+                sources = f"{len(line.cameras)} cameras" if len(line.cameras) > 1 else line.cameras[0].uri
+                title = f"{names} · {sources}"
                 view = TerminalView(statistics, title=title, to_stderr=records_on_stdout)
                 sinks.append(until_run.enter_context(closing(view)))
             # From here on the line closes them, and does not wait for one that hangs.

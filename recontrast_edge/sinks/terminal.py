@@ -17,7 +17,7 @@ from rich.text import Text
 
 from recontrast_edge.frame import Judgement, SourceState, StateChange, VerdictName
 from recontrast_edge.latency import PERCENTILES
-from recontrast_edge.render import describe
+from recontrast_edge.render import describe, frame_name
 from recontrast_edge.secrets import mask
 from recontrast_edge.statistics import Statistics
 
@@ -128,7 +128,7 @@ class TerminalView:
         table.add_column("ms", justify="right", min_width=6)
         for judgement in reversed(list(self._last)):
             table.add_row(
-                str(judgement.frame.frame_id),
+                frame_name(judgement.frame),
                 Text(judgement.verdict, style=STYLES[judgement.verdict]),
                 "" if judgement.score is None else f"{judgement.score:.3f}",
                 _bar(judgement),
