@@ -5,8 +5,8 @@
 
 Each position of an image is compared with the other images, in the pretrained features of strides 8 and 16 as PatchCore
 (Roth et al., CVPR 2022) takes them: its distance is that to the image of third-nearest likeness, so that a defect that
-two other images share still stands out. An image's score is its largest distance. No trained model is asked, because it
-has learnt to reconstruct the defects it was shown; ``docs/training.md`` has the comparison.
+two other images share still stands out. An image's score is its largest distance. No trained model is asked: the list
+comes before the training, and a model learns to reconstruct the defects it is shown. ``docs/training.md`` has figures.
 """
 
 from __future__ import annotations
