@@ -28,7 +28,7 @@ from recontrast_edge.camera_plan import CameraPlan, Retry
 from recontrast_edge.engines import DEMO
 from recontrast_edge.errors import InputError, UsageError
 from recontrast_edge.health import Watch
-from recontrast_edge.secrets import HIDDEN, check_userinfo, masked_uri
+from recontrast_edge.secrets import HIDDEN, check_userinfo, masked_uri, register_uri
 from recontrast_edge.uri_paths import anchored_output, anchored_path, anchored_source
 from recontrast_edge.webmerge import open_merger
 
@@ -354,6 +354,7 @@ class _Reader:
             body: dict[str, Any] = tomllib.loads("".join(self._lines))
         except (ValueError, RecursionError) as error:
             raise InputError(f"{self._path}: is no TOML: {error}") from None
+        _register_passwords(body)
         return body
 
     def config(self, body: dict[str, Any], options: Mapping[str, Any]) -> LineConfig:
@@ -433,6 +434,19 @@ class _Reader:
             except (IndexError, KeyError, TypeError):
                 return False
         return True
+
+
+def _register_passwords(value: object) -> None:
+    """Of all URIs, also those in a place where nobody expects one."""
+    if isinstance(value, str):
+        register_uri(value)
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            register_uri(key)
+            _register_passwords(item)
+    elif isinstance(value, list):
+        for item in value:
+            _register_passwords(item)
 
 
 def _with_tuples(value: Any) -> Any:

@@ -161,6 +161,26 @@ def register(secret: str) -> None:
         _pattern = re.compile("|".join("".join(map(_spellings, known)) for known in longest_first))
 
 
+def register_uri(text: str) -> None:
+    """From now on ``mask`` hides the passwords of a URI, wherever they end up and whatever becomes of the rest.
+
+    Args:
+        text: the URI, or anything else.
+    """
+    for item in text.partition("?")[2].split("&"):
+        name, _, value = item.partition("=")
+        if _SECRET_NAME.fullmatch(name):
+            register(value)
+            register(unquote(value))
+    _, separator, rest = text.rpartition("://")
+    authority = re.split("[/?#]", rest, maxsplit=1)[0]
+    userinfo, at, _ = _may_hold_userinfo(rest, authority).rpartition("@")
+    if separator and at:
+        password = userinfo.partition(":")[2]
+        register(password)
+        register(unquote(password))
+
+
 def _spellings(character: str) -> str:
     """A pattern for the ways in which a character is written: as it is, percent-encoded, in JSON, in ``repr``."""
     ways = {character, repr(character)[1:-1], ascii(character)[1:-1], json.dumps(character)[1:-1], f"\\{character}"}
@@ -172,9 +192,8 @@ def _spellings(character: str) -> str:
 
 _URL = re.compile(r"""(?<=://)[^\s'"<>]*""")
 _HOST_PORT = re.compile(r"(?:\[[0-9A-Fa-f:.%]*\]|[^:@\[\]]*)(?::[0-9]{0,5})?")
-_NAMED_SECRET = re.compile(
-    r"""((?i:\b[\w-]*(?:password|passwd|pwd|user-pw|secret|token|api[_-]?key))\s*=\s*)("[^"]*"|'[^']*'|[^\s&;,"']+)"""
-)
+_SECRET_NAME = re.compile(r"(?i:[\w-]*(?:password|passwd|pwd|user-pw|secret|token|api[_-]?key))")
+_NAMED_SECRET = re.compile(rf"""(\b{_SECRET_NAME.pattern}\s*=\s*)("[^"]*"|'[^']*'|[^\s&;,"']+)""")
 
 
 def mask(text: str) -> str:

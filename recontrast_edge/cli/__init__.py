@@ -9,14 +9,44 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
 import traceback
-from typing import NoReturn
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NoReturn
 
 import typer
+from typer.core import TyperGroup
 
 from recontrast_edge.errors import EXIT_INTERRUPTED, RecontrastError
 
+
+@contextmanager
+def _without_passwords() -> Iterator[None]:
+    """What the parser says of a wrong command line quotes it, and may quote a URI."""
+    try:
+        yield
+    except Exception as error:
+        message = getattr(error, "message", None)
+        if isinstance(message, str):
+            from recontrast_edge.secrets import mask
+
+            error.__dict__["message"] = mask(message)
+        raise
+
+
+class _Commands(TyperGroup):
+    def make_context(self, *arguments: Any, **more: Any) -> Any:
+        with _without_passwords():
+            return super().make_context(*arguments, **more)
+
+    def invoke(self, ctx: Any) -> Any:
+        with _without_passwords():
+            return super().invoke(ctx)
+
+
 app = typer.Typer(
+    cls=_Commands,
     name="recontrast-edge",
     help="ReContrast anomaly detection for production lines: train, export, and judge every frame on the edge.",
     no_args_is_help=True,
@@ -55,9 +85,12 @@ def main() -> None:
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     # As Ctrl-C, so that temporary files are removed on the way out.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    from recontrast_edge.secrets import mask, mask_logs
+    from recontrast_edge.secrets import mask, mask_logs, register_uri
 
     mask_logs()
+    for argument in sys.argv[1:]:
+        register_uri(argument)
+    threading.excepthook = _thread_failed
     _register()
     try:
         app()
@@ -73,6 +106,14 @@ def main() -> None:
         typer.echo(mask(traceback.format_exc()), err=True, nl=False)
         typer.echo("error: this is a defect in recontrast-edge; please report it with the lines above", err=True)
         _exit(RecontrastError.exit_code)
+
+
+def _thread_failed(failed: threading.ExceptHookArgs) -> None:
+    """As Python tells of it, of a library's thread for example, without passwords."""
+    from recontrast_edge.secrets import mask
+
+    error = failed.exc_value or failed.exc_type()
+    typer.echo(mask("".join(traceback.format_exception(error))), err=True, nl=False)
 
 
 def _exit(code: str | int | None) -> NoReturn:
