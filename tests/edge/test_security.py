@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import socket
 import sys
 import threading
@@ -291,7 +290,7 @@ class TestRoots:
 
 def listening() -> set[tuple[str, int]]:
     """Addresses and ports on which this process listens (TCP, IPv4 and IPv6), from the kernel's tables."""
-    inodes = {os.stat(int(entry.name)).st_ino for entry in Path("/proc/self/fd").iterdir() if entry.exists()}
+    inodes = {entry.stat().st_ino for entry in Path("/proc/self/fd").iterdir() if entry.exists()}
     found = set()
     for table in ("tcp", "tcp6"):
         for line in Path(f"/proc/self/net/{table}").read_text().splitlines()[1:]:
