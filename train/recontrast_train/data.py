@@ -169,9 +169,10 @@ def make_loader(
 
 
 def _start_worker(number: int) -> None:
-    # Stopping is the training's business: a worker that ends first would be taken for a crash.
-    for name in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(name, signal.SIG_IGN)
+    # Ctrl-C reaches all processes of a terminal, but a worker that ends first would be taken for a crash. SIGTERM is
+    # how a process that ends stops its workers.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     # The threads of the parent's OpenCV are not there in a forked process.
     cv2.setNumThreads(0)
 
