@@ -60,7 +60,18 @@ def train_command(
     workers: int | None = typer.Option(
         None, "--workers", min=0, help="Processes that prepare images; default: by device."
     ),
-    resume: bool = typer.Option(False, "--resume", help="Go on from the run folder's checkpoint."),
+    resume: bool = typer.Option(
+        False,
+        "--resume",
+        help="Go on: from the checkpoint in --out; with --qat, as --resume RUN, from the finished run in RUN.",
+    ),
+    qat: str | None = typer.Option(
+        None,
+        "--qat",
+        metavar="INT8",
+        help="Fine-tune the finished run RUN for INT8, as --resume RUN --qat INT8 --data DATA --out OUT; takes "
+        "--iterations (default 300), --batch, --seed, --precision, --device and --workers.",
+    ),
     checkpoint_seconds: float = typer.Option(
         120.0, "--checkpoint-seconds", min=1.0, help="Seconds between checkpoints."
     ),
@@ -87,6 +98,25 @@ def train_command(
 
     started_s = time.monotonic()
     given = [path for path in (data, data_option) if path is not None]
+    if qat is not None:
+        foreign = {
+            "--recipe": recipe != "default",
+            "--backbone": backbone,
+            "--weights": weights != "imagenet",
+            "--size": size,
+            "--set": settings,
+            "--class-name": class_name,
+            "--holdout": holdout,
+            "--holdout-group": holdout_group,
+            "--suspects": suspects,
+            "--max-minutes": max_minutes,
+        }
+        if not resume or data is None or data_option is None or qat.upper() != "INT8":
+            raise UsageError("--qat: expected --resume RUN --qat INT8 --data DATA --out OUT, RUN a finished training")
+        if refused := [option for option, value in foreign.items() if value]:
+            raise UsageError(f"--qat goes on with the run's own options; leave out {', '.join(refused)}")
+        _fine_tune(data, data_option, out, iterations, batch, seed, precision, device, workers)
+        return
     if len(given) != 1:
         raise UsageError("train: expected the data set once, as argument or as --data")
     if suspects is not None and suspects.suffix != ".csv":
@@ -136,3 +166,39 @@ def train_command(
         if is_main():
             typer.echo(f"{stopped}; go on with the same command and --resume", err=True)
         sys.exit(stopped.exit_code)
+
+
+def _fine_tune(
+    run: Path,
+    data: Path,
+    out: Path,
+    iterations: int | None,
+    batch: int | None,
+    seed: int | None,
+    precision: str | None,
+    device: str,
+    workers: int | None,
+) -> None:
+    try:
+        from recontrast_train.qat import ITERATIONS, QatOptions, fine_tune
+    except ModuleNotFoundError as error:
+        raise MissingError(
+            f"training needs {error.name}, which is not installed: pip install 'recontrast-edge[train]'"
+        ) from None
+    result = fine_tune(
+        QatOptions(
+            run=run,
+            data=data,
+            out=out,
+            iterations=ITERATIONS if iterations is None else iterations,
+            batch=batch,
+            seed=seed,
+            precision=precision,
+            device=device,
+            workers=workers,
+        )
+    )
+    typer.echo(
+        f"Written: {out}. Its maps in INT8 are off by {result.error_after:.1%} of the float maps' standard deviation, "
+        f"before by {result.error_before:.1%}. Next: recontrast-edge export {out} --out NAME.onnx"
+    )

@@ -6,9 +6,9 @@
     pairs = model(images)  # as ReContrast's
 
 Inputs and weights of the convolutions are rounded to their INT8 steps where ``recontrast_edge.int8`` puts Q/DQ, all
-else is computed as it is: batch norms are folded with the statistics that training found, as export folds them. Rounding has
-the gradient of the identity (Bengio et al. 2013); activations' scales are learnt, with the gradient of Esser et al.,
-"Learned Step Size Quantization", ICLR 2020.
+else is computed as it is. Batch norms are folded with the statistics that training found, as export folds them.
+Rounding has the gradient of the identity (Bengio et al. 2013). Activations' scales are learnt, with the gradient of
+Esser et al., "Learned Step Size Quantization", ICLR 2020.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ class Int8ReContrast(ReContrast):
 
     def scales(self) -> dict[str, float]:
         """The scale of each value that is rounded, by its name in an exported graph."""
-        by_group = {group: float(scale) for group, scale in self.group_scales().items()}
+        by_group = {group: scale.item() for group, scale in self.group_scales().items()}
         return {name: by_group[group] for name, group in self._groups.items()}
 
 

@@ -18,6 +18,7 @@ from recontrast_edge.artifact import SPEC_FILE, WEIGHTS_FILE
 from recontrast_edge.errors import ModelError
 from recontrast_edge.images import atomic_write
 from recontrast_edge.spec import ModelSpec
+from recontrast_train.int8_model import SCALES, Int8ReContrast
 from recontrast_train.model import ReContrast
 
 HOLDOUT_FILE = "holdout.txt"
@@ -42,7 +43,7 @@ def save_run(folder: Path, weights: bytes, spec: ModelSpec) -> None:
 
 
 def load_run(folder: Path) -> tuple[ReContrast, ModelSpec]:
-    """The trained model, in eval mode on the CPU, and its spec.
+    """The trained model, in eval mode on the CPU, and its spec; an ``Int8ReContrast`` if it was fine-tuned for INT8.
 
     Raises:
         ModelError: not a run folder, not finished, damaged, or weights and spec that do not belong together.
@@ -61,9 +62,12 @@ def load_run(folder: Path) -> tuple[ReContrast, ModelSpec]:
         raise ModelError(
             f"{weights_path}: these are not the weights that {spec_path} describes (SHA-256 differs); train again"
         )
-    model = ReContrast(spec.backbone, discriminator=spec.scoring.discriminator_weight is not None)
+    has_discriminator = spec.scoring.discriminator_weight is not None
     try:
-        model.load_state_dict(load_tensors(weights))
+        state = load_tensors(weights)
+        kind = Int8ReContrast if any(name.startswith(SCALES) for name in state) else ReContrast
+        model = kind(spec.backbone, discriminator=has_discriminator)
+        model.load_state_dict(state)
     except (safetensors.SafetensorError, RuntimeError) as error:
         raise ModelError(
             f"{weights_path}: not the weights of a {spec.backbone} model ({str(error).splitlines()[0]})"
