@@ -895,13 +895,16 @@ class TestSyntheticWeb:
 
 
 class TestPylonEmulator:
-    """Real blocks: pylon's own simulated camera, its grab engine and its buffers."""
+    """Real blocks: pylon's own simulated camera, its grab engine and its buffers.
 
-    URI = "pylon:0815-0000?roi=4096x64+0+0&pixel_format=Mono8&exposure_us=100&fps=800&buffers=256&lines=512&overlap=64"
+    Cameras keep what was set within a process: this is one that other tests leave as it was.
+    """
+
+    URI = "pylon:0815-0001?roi=4096x64+0+0&pixel_format=Mono8&exposure_us=100&fps=800&buffers=256&lines=512&overlap=64"
 
     def test_tiles_and_broken_blocks(self, monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.importorskip("pypylon", reason="pypylon brings the simulated camera")
-        monkeypatch.setenv("PYLON_CAMEMU", "1")
+        monkeypatch.setenv("PYLON_CAMEMU", "3")
         from recontrast_edge.sources import pylon
 
         cameras: list[pylon.PylonCamera] = []
