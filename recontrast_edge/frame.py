@@ -142,11 +142,11 @@ class Judgement:
     Attributes:
         score: anomaly score; None where there is none (FAULT before inference).
         map: (h, w) float32 anomaly map at the network's size; None where there is none.
-        input_spec: where the map lies in the image, where the judgement knows: engines of one line may differ.
         latency_ms: milliseconds a stage, and ``total`` from capture to verdict.
         fault: code, for FAULT only.
         detail: a sentence for people, for FAULT only.
         decided_s: when the verdict was made, on ``time.monotonic()``'s clock.
+        input_spec: where the map lies in the image, where the judgement knows: engines of one line may differ.
     """
 
     frame: Frame
@@ -155,11 +155,11 @@ class Judgement:
     threshold: float
     regions: tuple[Region, ...] = ()
     map: NDArray[np.float32] | None = None
-    input_spec: InputSpec | None = None
     latency_ms: dict[str, float] = field(default_factory=dict)
     fault: str | None = None
     detail: str | None = None
     decided_s: float | None = None
+    input_spec: InputSpec | None = None
 
     @property
     def gate_in_ms(self) -> float | None:
