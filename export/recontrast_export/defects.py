@@ -1,9 +1,9 @@
-"""Defects pasted into good images, where a data set has none: enough to see whether verdicts change.
+"""Defects pasted into good images, where none are known: for INT8 ranges, and to see whether verdicts change.
 
     image, mask = paste_defect(read_image(path), index=3)
 
-They range from hardly visible to plain, so that scores fall on both sides of any threshold. They say nothing about how
-well the real defects are found.
+They range from hardly visible to plain, so that scores fall on both sides of any threshold. Inside of a network they
+excite about what real defects do, which good images do not. They say nothing about how well the real ones are found.
 """
 
 from __future__ import annotations
@@ -13,21 +13,28 @@ import numpy as np
 from numpy.typing import NDArray
 
 from recontrast_edge.preprocess import Image
+from recontrast_edge.spec import Roi
 
 _STRENGTHS = np.geomspace(0.06, 0.8, 8)
 """Contrast, as a share of full scale."""
 
 
-def paste_defect(image: Image, *, index: int) -> tuple[Image, NDArray[np.bool_]]:
+def paste_defect(image: Image, *, index: int, roi: Roi | None = None) -> tuple[Image, NDArray[np.bool_]]:
     """One defect: a stain, a scratch or a displaced piece of the image itself, in turn.
 
     Args:
         image: uint8, (H, W) or (H, W, 3).
         index: the same index gives the same defect; kinds and strengths take turns with it.
+        roi: inside of the image; the defect is pasted there. None for anywhere.
 
     Returns:
         A copy with the defect, and its mask, (H, W) bool, never empty.
     """
+    if roi is not None:
+        inside = slice(roi.y, roi.y + roi.height), slice(roi.x, roi.x + roi.width)
+        whole, mask = image.copy(), np.zeros(image.shape[:2], np.bool_)
+        whole[inside], mask[inside] = paste_defect(image[inside], index=index)
+        return whole, mask
     rng = np.random.default_rng(index)
     height, width = image.shape[:2]
     shape = (_stain, _scratch, _stain)[index % 3](rng, height, width)

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -176,9 +177,13 @@ def read_images(paths: Sequence[Path]) -> ParitySet:
     return ParitySet(images, f"{len(images)} of {len(samples)} images in {', '.join(map(str, paths))}")
 
 
-def spread(samples: Sequence[Sample], count: int) -> list[Sample]:
-    count = min(count, len(samples))
-    return [samples[index] for index in np.linspace(0, len(samples) - 1, count).round().astype(int)]
+_Item = TypeVar("_Item")
+
+
+def spread(items: Sequence[_Item], count: int) -> list[_Item]:
+    """At most ``count`` of the items, from the first to the last."""
+    count = min(count, len(items))
+    return [items[index] for index in np.linspace(0, len(items) - 1, count).round().astype(int)]
 
 
 def synthetic_images(spec: InputSpec) -> ParitySet:

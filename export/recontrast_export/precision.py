@@ -10,8 +10,9 @@ stay float32: squares of features overflow float16, and its rounding there costs
 images bring a value near float16's limit, the nodes that make and read it stay float32, by name.
 
 ``int8``: convolutions read their input and weights through QuantizeLinear and DequantizeLinear, placed as ``qdq`` says,
-with ranges from good images as ``ranges`` says. All else is as with ``fp16``. Which blocks are INT8 is chosen here
-without a measurement: all but depthwise convolutions. ``quantize`` measures what that costs, and chooses.
+with ranges, as ``ranges`` says, from good images and copies with pasted defects. All else is as with ``fp16``. Which
+blocks are INT8 is chosen here without a measurement: all but depthwise convolutions. ``quantize`` measures what that
+costs, and chooses.
 """
 
 from __future__ import annotations
@@ -31,10 +32,11 @@ from recontrast_edge.errors import InputError, ModelError, UsageError
 from recontrast_edge.images import read_image
 from recontrast_edge.magnitudes import Method
 from recontrast_edge.plan import Precision
-from recontrast_edge.preprocess import preprocess
+from recontrast_edge.preprocess import Geometry, Image, preprocess
 from recontrast_edge.proof import Calibration, Conversion
 from recontrast_edge.scoring import INPUT_NAME
 from recontrast_edge.spec import InputSpec
+from recontrast_export.defects import paste_defect
 from recontrast_export.graph import feature_names
 from recontrast_export.parity import spread
 from recontrast_export.qdq import QUANTIZERS, Int8Network, dequantised_name, int8_share
@@ -62,11 +64,13 @@ _CALIBRATION_PHASE = "Finding INT8 scales"
 
 @dataclass(frozen=True, eq=False)
 class CalibrationImages:
-    """Good images, prepared as network inputs one at a time.
+    """Good images, and copies of them with pasted defects: what ranges are taken from.
+
+    A defect goes beyond what good parts excite in the network; clipped there, it is what INT8 loses first.
 
     Attributes:
         record: for the plan's sidecar.
-        paths: the images used.
+        paths: the good images used.
         spec: how they are prepared.
     """
 
@@ -74,19 +78,34 @@ class CalibrationImages:
     paths: tuple[Path, ...]
     spec: InputSpec
 
-    def tensors(self, progress: Progress | None = None) -> Iterator[NDArray[np.float32]]:
-        """Each image as (1, 3, H, W) float32, normalised.
+    def pair(self, index: int, defect: int) -> tuple[Image, Image]:
+        """One of the images, uint8, and its copy with a defect.
 
         Args:
-            progress: told after each.
+            index: of the image.
+            defect: which one, see ``defects.paste_defect``.
 
         Raises:
             InputError: a damaged image, or one without the model's ROI.
         """
+        image = read_image(self.paths[index])
+        Geometry.of(self.spec, image)
+        return image, paste_defect(image, index=defect, roi=self.spec.roi)[0]
+
+    def tensors(self, progress: Progress | None = None) -> Iterator[NDArray[np.float32]]:
+        """Each image and each copy, in turn, as (1, 3, H, W) float32, normalised.
+
+        Args:
+            progress: told after each pair.
+
+        Raises:
+            InputError: as ``pair``.
+        """
         if progress is not None:
             progress.start(_CALIBRATION_PHASE, None, len(self.paths))
-        for index, path in enumerate(self.paths):
-            yield preprocess(read_image(path), self.spec)[None]
+        for index in range(len(self.paths)):
+            for image in self.pair(index, defect=index):
+                yield preprocess(image, self.spec)[None]
             if progress is not None:
                 progress.step(_CALIBRATION_PHASE, index)
         if progress is not None:

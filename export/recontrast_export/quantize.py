@@ -2,14 +2,16 @@
 
     result = quantize(Path("parts.onnx"), Path("parts.int8.onnx"), calibration=good, validation=parts, budget=budget)
 
-Ranges come from good images; how they are chosen is decided by the map's error. Each block's harm is measured on its
-own, which gives a ladder of graphs from all INT8 to ever less of it. The first rung that keeps the budget on a part of
+Ranges come from good images and copies with pasted defects. On some of these, the map's error decides how ranges are
+chosen, and says what harm each block does on its own; validation images only say whether a graph is good enough. The
+harms give a ladder of graphs from all INT8 to ever less of it. The first rung that keeps the budget on a part of
 the validation images is found by bisection, converted to what builders get (INT8 and float16), and proved on all of
 them. If that fails, the next rung is tried. If none holds, the graph is float16 throughout, and must hold as well.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,7 +22,7 @@ from recontrast_edge.calibration import write_threshold
 from recontrast_edge.datasets import find_dataset
 from recontrast_edge.engines.onnx import OnnxEngine
 from recontrast_edge.errors import GateError, OutputError, UsageError
-from recontrast_edge.images import atomic_write, read_image
+from recontrast_edge.images import atomic_write
 from recontrast_edge.int8 import PARTS, part_of
 from recontrast_edge.magnitudes import Method
 from recontrast_edge.onnxfile import SPEC_KEY, graph_sha256
@@ -31,8 +33,11 @@ from recontrast_export.budget import Budget
 from recontrast_export.build import temporary_folder
 from recontrast_export.curve import Point, draw_png
 from recontrast_export.emulation import with_float16_rounding
+from recontrast_export.parity import spread
 from recontrast_export.plausible import require_good_images
 from recontrast_export.precision import (
+    DEFAULT_METHOD,
+    MAX_CALIBRATION_IMAGES,
     MAX_RANGE_IMAGES,
     CalibrationImages,
     Converted,
@@ -52,8 +57,13 @@ from recontrast_export.trt import Progress
 
 DEFAULT_BUDGET = "verdict_flips<=0.5%,delta_i_auroc<=0.003,delta_aupro<=0.01"
 
-PROBE_IMAGES = 8
-"""Images that one block's harm is measured on: a map has tens of thousands of pixels."""
+PROBE_PAIRS = 6
+"""Good images, each with its copy with a defect, that a block's harm is measured on: a map has tens of thousands of
+pixels."""
+
+METHOD_MACS = 0.9
+"""How ranges are chosen is decided with at most this share of the first rung's work in INT8: with the most harmful
+blocks in it, their rounding errors hide what clipping costs."""
 
 SEARCH_IMAGES = 100
 """Images that the search judges verdicts on; the proof is on all."""
@@ -86,7 +96,7 @@ class Result:
     Attributes:
         record: what the file says about itself.
         trials: the ladder, most INT8 first.
-        method_errors: of each way to choose ranges, with all blocks in INT8.
+        method_errors: of each way to choose ranges, with the blocks of a typical rung in INT8.
         threshold: re-derived for this graph; None where no images were given for it.
     """
 
@@ -142,7 +152,7 @@ def quantize(
             require_calibrated_on(promised, reference.spec)
         scales = read_calibration_images(calibration, reference.spec.input)
         require_good_images(reference, scales.paths)
-        say(f"Ranges from {scales.record.n_images} good images of {scales.record.data}.")
+        say(f"Ranges from {scales.record.n_images} good images of {scales.record.data} and copies with pasted defects.")
         images = read_validation(validation, folder)
         search = _Search(reference, source, scales, images, parts, budget, folder, say, progress, bars)
         converted, proof, trials = search.run()
@@ -199,7 +209,7 @@ class _Search:
         self._activations: dict[str, Activation] = {}
         self._largest: dict[str, float] = {}
         self._n_range_images = 0
-        self._method: Method = "mse"
+        self._method: Method = DEFAULT_METHOD
         self.method_errors: dict[Method, float] = {}
 
     def run(self) -> tuple[Converted, Proof, list[Trial]]:
@@ -248,20 +258,26 @@ class _Search:
 
     def _climb(self) -> list[Trial]:
         """Choose the method, measure the blocks and then the ladder."""
-        shown = [read_image(sample.path) for sample in self._images.subset(PROBE_IMAGES).samples]
+        chosen = spread(range(len(self._scales.paths)), PROBE_PAIRS)
+        # Defects of many kinds and strengths, and none that the ranges were taken from.
+        defects = range(MAX_CALIBRATION_IMAGES, sys.maxsize, 11)
+        shown = [image for pair in map(self._scales.pair, chosen, defects) for image in pair]
         probe = Probe(self._reference, shown, self._folder)
-        self.method_errors = method_errors(self._network, self._blocks, self._activations, probe)
-        self._method = min(self.method_errors, key=lambda method: self.method_errors[method])
-        listed = ", ".join(f"{method} {100 * error:.3g} %" for method, error in self.method_errors.items())
-        self._say(f"Map error with all {len(self._blocks)} blocks in INT8: {listed}; {self._method} is used.")
         harms = block_harms(
-            self._network, self._blocks, self._activations, self._method, probe, progress=self._progress
+            self._network, self._blocks, self._activations, DEFAULT_METHOD, probe, progress=self._progress
         )
         worst = sorted(harms, key=lambda block: harms[block], reverse=True)[:3]
         self._say(f"Most harmful blocks: {', '.join(f'{block} {100 * harms[block] ** 0.5:.2g} %' for block in worst)}.")
+        rungs = ladder(self._network, harms)
+        most = METHOD_MACS * rungs[0].int8_macs
+        typical = next((rung for rung in rungs if rung.int8_macs <= most), rungs[-1])
+        self.method_errors = method_errors(self._network, typical.blocks, self._activations, probe)
+        self._method = min(self.method_errors, key=lambda method: self.method_errors[method])
+        listed = ", ".join(f"{method} {100 * error:.3g} %" for method, error in self.method_errors.items())
+        self._say(f"Map error with {100 * typical.int8_macs:.0f} % in INT8: {listed}; {self._method} is used.")
         return [
             Trial(rung, probe.error(self._network.quantised(rung.blocks, self._activations, self._method)))
-            for rung in ladder(self._network, harms)
+            for rung in rungs
         ]
 
     def _first_within_budget(self, trials: list[Trial]) -> int:

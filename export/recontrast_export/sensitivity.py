@@ -47,13 +47,18 @@ class Probe:
         self._images = images
         self._folder = folder
         self._maps = reference.infer(images).maps
-        self._spread = max(float(self._maps.std()), float(np.finfo(np.float32).tiny))
+        variances = self._maps.var(axis=(1, 2), dtype=np.float64)
+        self._variances = np.maximum(variances, np.finfo(np.float32).tiny)
 
     def error(self, model: onnx.ModelProto) -> float:
-        """Root mean square of the map's error, in standard deviations of the reference's maps."""
+        """Root mean square of the map's error, in standard deviations of each image's own reference map.
+
+        So every image counts alike; else those with large values everywhere would decide alone.
+        """
         with opened(model, self._folder) as engine:
             difference = engine.infer(self._images).maps - self._maps
-        return float(np.sqrt(np.mean(np.square(difference, dtype=np.float64)))) / self._spread
+        squares = np.mean(np.square(difference, dtype=np.float64), axis=(1, 2))
+        return float(np.sqrt(np.mean(squares / self._variances)))
 
 
 @contextmanager

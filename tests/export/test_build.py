@@ -4,6 +4,7 @@ asked for, plans fit their sidecars, and what goes wrong leaves nothing behind.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -31,6 +32,7 @@ from recontrast_edge.errors import (
     OutputError,
     UsageError,
 )
+from recontrast_edge.int8 import part_of
 from recontrast_edge.onnxfile import SPEC_KEY, graph_sha256, read_spec, replace_metadata
 from recontrast_edge.plan import PlanInfo, read_sidecar, sidecar_path, verify_plan
 from recontrast_edge.spec import Threshold
@@ -44,8 +46,15 @@ from recontrast_export import build as build_module  # noqa: E402
 from recontrast_export.build import BUDGETS, TOLERANCES, Gpu, Result, build_engine  # noqa: E402
 from recontrast_export.onnx_export import build_onnx  # noqa: E402
 from recontrast_export.parity import Tolerance  # noqa: E402
-from recontrast_export.precision import read_calibration_images, to_precision  # noqa: E402
-from recontrast_export.qdq import convolution_macs, int8_share  # noqa: E402
+from recontrast_export.precision import (  # noqa: E402
+    in_int8,
+    read_calibration_images,
+    to_precision,
+    with_float32_weights,
+)
+from recontrast_export.qdq import Int8Network, convolution_macs, int8_share  # noqa: E402
+from recontrast_export.ranges import measure_activations  # noqa: E402
+from recontrast_export.rewrite import with_pointwise_upsampling  # noqa: E402
 from recontrast_export.trt import Built, Library, Network, Settings, load_library  # noqa: E402
 
 
@@ -89,43 +98,60 @@ def _any_images(monkeypatch: pytest.MonkeyPatch) -> None:
 # --- the networks that the parser makes ------------------------------------------------------------------------------
 
 CONVOLUTIONS = ("CONVOLUTION", "DECONVOLUTION")
-# wide_resnet50_2 with one head only, for the sake of time: its network is the same, and so are all heads.
-GRAPHS = [
-    ("efficientnet_lite0", "map"),
-    ("efficientnet_lite0", "features"),
-    ("resnet18", "map"),
-    ("resnet18", "features"),
-    ("wide_resnet50_2", "features"),
-]
 
 
-NEEDED_BYTES = {"wide_resnet50_2": 12e9}
-
-
-@pytest.mark.parametrize(("backbone", "head"), GRAPHS)
-def test_builds_in_every_precision_with_no_unexpected_type(
-    backbone: str, head: str, models: Any, good: Path, library: Library
+@pytest.mark.parametrize(
+    ("backbone", "head", "precisions"),
+    [
+        ("efficientnet_lite0", "map", ("fp32", "fp16", "int8")),
+        ("efficientnet_lite0", "features", ("fp16", "int8")),
+        ("resnet18", "map", ("int8",)),
+        ("resnet18", "features", ("fp16", "int8")),
+    ],
+)
+def test_networks_have_no_unexpected_type(
+    backbone: str, head: str, precisions: tuple[Any, ...], models: Any, good: Path, library: Library
 ) -> None:
-    if os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") < NEEDED_BYTES.get(backbone, 0):
-        pytest.skip(f"needs {NEEDED_BYTES[backbone] / 1e9:g} GB of memory")
     source = onnx.load(models(backbone, head))
     spec = read_spec(models(backbone, head))
     images = read_calibration_images(good, spec.input)
-    settings = Settings(batch=(1, 2, 4), image_chw=(3, *spec.input.size_wh[::-1]))
     sizes = {}
-    for precision in ("fp32", "fp16", "int8"):
-        calibration = images if precision == "int8" else None
-        model = to_precision(source, precision, calibration=calibration).model
+    for precision in precisions:
+        model = to_precision(source, precision, calibration=images if precision == "int8" else None).model
         network = library.parse(model.SerializeToString())
-        layers = network.layers()
-        check_types(layers, precision, head)
-        share = int8_share_of(layers, convolution_macs(model))
-        assert share == pytest.approx(int8_share(model))
+        check_network(network, model, precision, head)
+        if head == "features":
+            settings = Settings(batch=(1, 2, 4), image_chw=(3, *spec.input.size_wh[::-1]))
+            sizes[precision] = len(library.build(network, settings).plan)
+    # What is stored with less precision takes less room; the small network's plan is mostly code.
+    assert backbone != "resnet18" or not sizes or sizes["int8"] < 0.8 * sizes["fp16"]
+
+
+def test_the_decoder_of_the_widest_network_in_int8(models: Any, good: Path, library: Library) -> None:
+    """A third of its work, so that the test takes seconds; the rules are the same for the rest."""
+    source = onnx.load(models("wide_resnet50_2", "features"))
+    network = Int8Network(with_pointwise_upsampling(with_float32_weights(source)))
+    blocks = [block for block in network.blocks if part_of(block) == "decoder"]
+    images = read_calibration_images(good, read_spec(models("wide_resnet50_2", "features")).input)
+    some = itertools.islice(images.tensors(), 2)
+    activations = measure_activations(network.model, network.values(blocks), some)
+    model = in_int8(network, blocks, activations, "minmax", {}, n_images=0).model
+    parsed = library.parse(model.SerializeToString())
+    share = network.macs_of(blocks) / network.macs
+    assert share > 0.3
+    check_network(parsed, model, "int8", "features", share)
+
+
+def check_network(network: Network, model: Any, precision: str, head: str, int8_macs: float | None = None) -> None:
+    """The types are those of the precision, and the share in INT8 is that of the ONNX graph, and large."""
+    layers = network.layers()
+    check_types(layers, precision, head)
+    share = int8_share_of(layers, convolution_macs(model))
+    assert share == pytest.approx(int8_share(model))
+    if int8_macs is not None:
+        assert share == pytest.approx(int8_macs)
+    else:
         assert (share > 0.8) if precision == "int8" else (share == 0)
-        sizes[precision] = len(library.build(network, settings).plan)
-    # What is stored with less precision takes less room.
-    assert sizes["fp16"] < 0.6 * sizes["fp32"]
-    assert backbone == "efficientnet_lite0" or sizes["int8"] < 0.8 * sizes["fp16"]
 
 
 def int8_share_of(layers: list[dict[str, Any]], macs: dict[str, int]) -> float:
@@ -143,7 +169,6 @@ def int8_share_of(layers: list[dict[str, Any]], macs: dict[str, int]) -> float:
 
 def check_types(layers: list[dict[str, Any]], precision: str, head: str) -> None:
     types = {tensor["name"]: tensor["dtype"] for layer in layers for tensor in layer["outputs"]}
-    producers = {tensor["name"]: layer["type"] for layer in layers for tensor in layer["outputs"]}
     by_layer: dict[str, Counter[str]] = {}
     for layer in layers:
         by_layer.setdefault(layer["type"], Counter()).update(tensor["dtype"] for tensor in layer["outputs"])
@@ -162,16 +187,7 @@ def check_types(layers: list[dict[str, Any]], precision: str, head: str) -> None
         assert {types["anomaly_map"], types["anomaly_score"]} == {"FLOAT"}
         for kind in ("MATRIX_MULTIPLY", "REDUCE", "UNARY"):
             assert set(by_layer[kind]) == {"FLOAT"}
-    fed = [
-        [producers.get(tensor["name"]) for tensor in layer["inputs"][:2]]
-        for layer in layers
-        if layer["type"] == "CONVOLUTION"
-    ]
-    quantised = sum(kinds == ["DEQUANTIZE", "DEQUANTIZE"] for kinds in fed)
-    if precision == "int8":
-        assert quantised >= 0.6 * len(fed)
-    else:
-        assert not quantised
+    if precision != "int8":
         assert not {"QUANTIZE", "DEQUANTIZE"} & set(by_layer)
 
 

@@ -26,11 +26,13 @@ from recontrast_export.onnx_export import build_onnx  # noqa: E402
 from recontrast_export.parity import ParitySet, compare, read_images  # noqa: E402
 from recontrast_export.precision import (  # noqa: E402
     MAX_CALIBRATION_IMAGES,
+    MAX_RANGE_IMAGES,
     CalibrationImages,
     precision_of,
     read_calibration_images,
     to_precision,
 )
+from recontrast_export.ranges import largest_magnitudes  # noqa: E402
 
 FLOAT, FLOAT16, INT8 = onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.INT8
 
@@ -130,6 +132,7 @@ def test_fp32_only_restores_weights_that_were_stored_as_float16(graph_of: Any) -
     assert {entry.data_type for entry in restored.graph.initializer} == {FLOAT}
     source = to_precision(graph_of("efficientnet_lite0", "features"), "fp32").model
     assert source == graph_of("efficientnet_lite0", "features")
+    assert list(with_float16_rounding(source).graph.node) == list(source.graph.node)
 
 
 def test_the_model_that_is_given_stays_as_it_is(graph_of: Any, calibration: CalibrationImages) -> None:
@@ -188,6 +191,9 @@ def test_calibration_images_say_where_they_are_from(data_folder: Path, spec_of: 
     assert images.record.data_sha256 == combined_sha256(file_sha256(path) for path in sorted(folder.iterdir()))
     tensors = list(images.tensors())
     assert {(tensor.shape, tensor.dtype.name) for tensor in tensors} == {((1, 3, 64, 96), "float32")}
+    assert len(tensors) == 2 * 12
+    # Each with a copy that differs in places only: the pasted defect.
+    assert all(0 < np.mean(good != pasted) < 0.3 for good, pasted in zip(tensors[::2], tensors[1::2], strict=True))
     listed = tmp_path / "list.txt"
     listed.write_text("\n".join(str(path) for path in sorted(folder.iterdir())[:7]))
     with pytest.raises(InputError, match="at least 8 good images, got 7"):
@@ -226,10 +232,16 @@ def with_scaled_weight(model: Any, name: str, factor: float) -> Any:
 def test_values_that_float16_cannot_hold_stay_float32_by_name(
     precision: Any, graph_of: Any, calibration: CalibrationImages, parity_set: ParitySet, tmp_path: Path
 ) -> None:
-    """The first block makes values around 1e5, and the convolution that reads them brings them back."""
-    model = with_scaled_weight(graph_of("efficientnet_lite0", "map"), "bottleneck/fine/0/0/weight", 3e4)
-    model = with_scaled_weight(model, "bottleneck/fine/1/0/weight", 1 / 3e4)
-    images = list(calibration.tensors())
+    """The first block makes values of up to 1.5e5, and the convolution that reads them brings them back."""
+    model, images = graph_of("efficientnet_lite0", "map"), list(calibration.tensors())[:MAX_RANGE_IMAGES]
+    # Behind the Relu: what overflows below 0 is 0 there, and harms nothing.
+    (reached,) = largest_magnitudes(model, ["bottleneck/fine/0/2"], images).values()
+    for name, factor in (
+        ("0/0/weight", 1.5e5 / reached),
+        ("0/0/bias", 1.5e5 / reached),
+        ("1/0/weight", reached / 1.5e5),
+    ):
+        model = with_scaled_weight(model, f"bottleneck/fine/{name}", factor)
     scales = calibration if precision == "int8" else None
     done = to_precision(model, precision, calibration=scales, images=images)
     assert done.record.largest_activation > 65504
@@ -284,7 +296,6 @@ def test_float16_is_judged_as_gpus_compute_it(tmp_path: Path) -> None:
     emulated = with_float16_rounding(model)
     assert run(emulated).tolist() == [np.inf, third]
     assert np.isfinite(run(model)).all()
-    assert with_float16_rounding(emulated) == emulated
 
 
 def test_a_feature_output_that_float16_cannot_hold_is_refused(graph_of: Any, calibration: CalibrationImages) -> None:

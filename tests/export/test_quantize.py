@@ -31,7 +31,7 @@ from recontrast_edge.metrics import auroc
 from recontrast_edge.onnxfile import SPEC_KEY, graph_sha256, read_spec, replace_metadata
 from recontrast_edge.plan import read_sidecar
 from recontrast_edge.proof import QUANTISATION_KEY, Proof, read_quantisation
-from recontrast_edge.spec import Threshold
+from recontrast_edge.spec import Roi, Threshold
 from recontrast_edge.verdict import resolve_threshold
 
 torch = pytest.importorskip("torch", reason="needs the train extra")
@@ -324,6 +324,19 @@ def test_pasted_defects_are_the_same_each_time_and_of_all_strengths(shape: tuple
     # A displaced piece of a flat image is flat.
     assert min(strengths - {0}) < 20
     assert max(strengths) > 100
+
+
+def test_defects_are_pasted_where_the_model_looks() -> None:
+    image = np.random.default_rng(0).integers(0, 256, (60, 80, 3), np.uint8)
+    roi = Roi(x=30, y=5, width=40, height=20)
+    for index in range(12):
+        pasted, mask = paste_defect(image, index=index, roi=roi)
+        expected, expected_mask = paste_defect(image[5:25, 30:70], index=index)
+        assert np.array_equal(pasted[5:25, 30:70], expected)
+        assert np.array_equal(mask[5:25, 30:70], expected_mask)
+        pasted[5:25, 30:70] = image[5:25, 30:70]
+        assert np.array_equal(pasted, image)
+        assert mask.sum() == expected_mask.sum() > 0
 
 
 def test_validation_needs_good_images(data_folder: Path, tmp_path: Path) -> None:
