@@ -105,7 +105,7 @@ def exit_code_table() -> list[tuple[int, str]]:
     rows.append((EXIT_OK, "done as asked; for `run` also a clean stop by Ctrl-C or SIGTERM"))
     rows.append((EXIT_FAULTS, "`run` or `demo` ended as asked, but at least one frame's verdict was FAULT"))
     rows.append((EXIT_FELL_BACK, "`quantize` wrote an FP16 model, because no INT8 one keeps the budget"))
-    rows.append((EXIT_UNFINISHED, "`train --max-minutes`: the time is over before the work is done; `--resume` goes on"))
+    rows.append((EXIT_UNFINISHED, "`train --max-minutes`: the time was over first; `--resume` goes on"))
     rows.append((EXIT_INTERRUPTED, "stopped by Ctrl-C or SIGTERM before the work was done (`train` can be resumed)"))
     return sorted(rows)
 

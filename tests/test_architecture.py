@@ -22,7 +22,9 @@ FORBIDDEN = {
     "recontrast_export": set[str](),
 }
 # The commands that hand over to the other packages, inside a function, once a command of theirs was asked for.
-DISPATCHERS = [PACKAGES["recontrast_edge"] / "cli" / name for name in ("train.py", "export.py", "quantize.py", "build.py")]
+DISPATCHERS = [
+    PACKAGES["recontrast_edge"] / "cli" / name for name in ("train.py", "export.py", "quantize.py", "build.py")
+]
 PICKLERS = {"pickle", "_pickle", "cPickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
 
 SOURCES = [
