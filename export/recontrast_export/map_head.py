@@ -17,7 +17,6 @@ from recontrast_edge.scoring import EPS, MAP_NAME, SCORE_NAME, VIEWS, level_weig
 from recontrast_edge.spec import ModelSpec, Scoring
 from recontrast_export.graph import Graph, Pairs
 
-
 Discriminate = Callable[[Sequence[str]], str]
 """Names of the levels' agreements, (N, 2 * C_l, h_l, w_l) -> name of the probability of a defect, (N, 1, h_0, w_0)."""
 
