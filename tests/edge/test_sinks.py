@@ -58,8 +58,8 @@ from tests.edge.judgements import rejected
 folder, times = sys.argv[1], int(sys.argv[2])
 spec = InputSpec(size_wh=(32, 32), resize_wh=(32, 32), mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
 random.seed(0)
-reads, writes = os.pipe()
 for _ in range(times):
+    reads, writes = os.pipe()
     child = os.fork()
     if child == 0:
         records = open_sink(f"jsonl:{folder}/r.jsonl", input_spec=spec)
@@ -69,10 +69,14 @@ for _ in range(times):
             os.write(writes, b".")
             for _ in range(20):
                 records.write(rejected(index))
-    os.read(reads, 1)
+    # Closed here, so that a child which ends by itself is noticed and not waited for.
+    os.close(writes)
+    if not os.read(reads, 1):
+        sys.exit(f"the writer ended by itself: {os.waitpid(child, 0)}")
     time.sleep(random.uniform(0.0, 0.1))
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
+    os.close(reads)
 """
 
 
