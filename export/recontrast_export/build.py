@@ -50,7 +50,7 @@ from recontrast_export.parity import (
     synthetic_images,
 )
 from recontrast_export.plausible import require_good_images
-from recontrast_export.precision import precision_of, read_calibration_images, to_precision
+from recontrast_export.precision import read_calibration_images, to_precision
 from recontrast_export.proving import Prover, ValidationImages, enforce, read_validation
 from recontrast_export.trt import Built, Library, Network, Progress, Settings, compute_capability, load_library
 
@@ -167,7 +167,6 @@ def build_engine(
         library.check_sm(sm, None if gpu is None else gpu.compute_capability)
         spec = reference.spec.with_threshold(None)
         source = onnx.load(model)
-        found = precision_of(source)
         made = read_quantisation(model)
         scales = None if calibration is None else read_calibration_images(calibration, spec.input)
         if scales is not None:
@@ -179,9 +178,10 @@ def build_engine(
         gate = _Gate(reference, compared, judged, precision, limits, Path(folder), on_parity, on_proof)
         tensors = [preprocess(entry.image, spec.input)[None] for entry in compared.images]
         converted = to_precision(source, precision, calibration=scales, images=tensors, progress=progress)
+        is_source = precision == "fp32" or converted.model is source
         content = converted.model.SerializeToString(deterministic=True)
         network = library.parse(content)
-        graph_parity, graph_proof = (None, None) if found == precision else gate.check_graph(content)
+        graph_parity, graph_proof = (None, None) if is_source else gate.check_graph(content)
         cache_file = (timing_cache or out.with_name(f"{out.name}.timing")) if library.has_timing_cache else None
         settings = Settings(
             batch=batch,

@@ -48,8 +48,8 @@ TOLERANCES: dict[Storage, Tolerance] = {
 }
 
 INT8_TOLERANCE = Tolerance(map_error=2e-2, tie=2e-2)
-"""For a model that was fine-tuned for INT8: where two ways of adding up the same numbers end on either side of the middle
-between two steps, a value differs by a whole step."""
+"""For a model that was fine-tuned for INT8: where two ways of adding up the same numbers end on either side of the
+middle between two steps, a value differs by a whole step."""
 
 
 def export_onnx(

@@ -138,11 +138,13 @@ def precision_of(model: onnx.ModelProto) -> Precision:
     graph = model.graph
     if any(node.op_type in QUANTIZERS for node in graph.node):
         return "int8"
+    return "fp16" if _has_float16(model) else "fp32"
+
+
+def _has_float16(model: onnx.ModelProto) -> bool:
+    """Whether there is any float16 but stored weights."""
     stored = {node.input[0] for node in _weight_casts(model)}
-    computes_half = any(
-        entry.data_type == TensorProto.FLOAT16 and entry.name not in stored for entry in graph.initializer
-    )
-    return "fp16" if computes_half else "fp32"
+    return any(entry.data_type == TensorProto.FLOAT16 and entry.name not in stored for entry in model.graph.initializer)
 
 
 @dataclass(frozen=True, eq=False)
@@ -165,7 +167,7 @@ def to_precision(
 
     Args:
         model: as ``recontrast-edge export`` wrote it; a graph that already is ``fp16`` or ``int8`` is taken as it is
-            where that is the precision asked for.
+            where that is the precision asked for, but for what an ``int8`` one still computes in float32.
         precision: see the module.
         calibration: good images, for ``int8`` of a graph that is not quantised yet; None otherwise.
         images: network inputs, (N, 3, H, W) float32, to check float16's limit on; of ``MAX_RANGE_IMAGES``.
@@ -189,6 +191,13 @@ def to_precision(
     if calibration is not None and not quantise:
         why = "the model is quantised already" if found == "int8" else f"--precision {precision} has no scales to find"
         raise UsageError(f"--calibration has no use here: {why}; leave it out")
+    if found == "int8" and not _has_float16(model):
+        # As export writes a model that was fine-tuned for INT8.
+        some = images[:MAX_RANGE_IMAGES]
+        converted = in_float16(model, largest_magnitudes(model, network_values(model), some), n_images=len(some))
+        return Converted(
+            converted.model, converted.record.model_copy(update={"int8_macs": int8_share(converted.model)})
+        )
     if found != "fp32":
         return Converted(model, Conversion())
     source = with_float32_weights(model)
@@ -269,7 +278,7 @@ def network_nodes(graph: onnx.GraphProto) -> list[onnx.NodeProto]:
 
 def network_values(model: onnx.ModelProto) -> list[str]:
     """Names of the float32 values that the network makes."""
-    return [name for node in network_nodes(model.graph) for name in node.output]
+    return [name for node in network_nodes(model.graph) if node.op_type != "QuantizeLinear" for name in node.output]
 
 
 def with_float32_weights(model: onnx.ModelProto) -> onnx.ModelProto:

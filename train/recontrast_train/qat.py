@@ -55,7 +55,7 @@ PSEUDO_DEFECTS = 0.5
 
 Item = TypeVar("Item")
 
-LR_WEIGHTS = 1e-4
+LR_WEIGHTS = 1e-5
 LR_SCALES = 1e-3
 """Of the scales' logarithms: a step of Adam changes a scale by at most 0.1 %."""
 
