@@ -91,13 +91,15 @@ class FineTuned:
 
     Attributes:
         spec: of the INT8 model.
-        error_before, error_after: root mean square error of the maps on ``n_probed`` images, in standard deviations of
-            the teacher's maps.
+        error_before, error_after: root mean square error of the maps on at most ``PROBE_IMAGES`` images, in standard
+            deviations of the teacher's maps.
+        losses: of every iteration.
     """
 
     spec: ModelSpec
     error_before: float
     error_after: float
+    losses: list[float]
 
 
 def fine_tune(options: QatOptions, console: Console | None = None) -> FineTuned:
@@ -138,7 +140,7 @@ def fine_tune(options: QatOptions, console: Console | None = None) -> FineTuned:
     losses = _fit(student, teacher, spec, images, recipe, device, options.workers, console)
     after = error()
     console.print(f"INT8 fine-tuned: map error {after:.1%}")
-    return FineTuned(_save(student.cpu(), spec, recipe, paths, losses, options, device), before, after)
+    return FineTuned(_save(student.cpu(), spec, recipe, paths, losses, options, device), before, after, losses)
 
 
 def distillation_loss(student: Pairs, teacher: Pairs) -> Tensor:
