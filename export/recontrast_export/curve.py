@@ -28,7 +28,7 @@ class Point:
 
     Attributes:
         int8_macs: share of the multiply-accumulates in INT8, 0..1.
-        error: of the map, > 0.
+        error: of the map's peaks, > 0.
         kept_budget: None where the budget was not judged.
         is_chosen: this is the graph that was written.
     """
@@ -58,7 +58,7 @@ def draw(points: Sequence[Point], *, title: str) -> Image:
     """
     width, height = SIZE_WH
     picture = np.full((height, width, 3), WHITE[0], np.uint8)
-    draw_text(picture, "Error of the anomaly map against work done in INT8", (_LEFT, 42), 0.85, INK, thickness=2)
+    draw_text(picture, "Error at the peaks of the map against work done in INT8", (_LEFT, 42), 0.85, INK, thickness=2)
     draw_text(picture, title[:120], (_LEFT, 74), 0.55, INK)
     errors = [point.error for point in points]
     low = np.floor(np.log10(min(errors)))
@@ -83,7 +83,7 @@ def draw(points: Sequence[Point], *, title: str) -> Image:
         cv2.line(picture, (x, _TOP), (x, _BOTTOM), FAINT, 1)
         draw_text(picture, f"{10 * tenth} %", (x - 18, _BOTTOM + 24), 0.48, INK)
     draw_text(picture, "multiply-accumulates in INT8", ((_LEFT + _RIGHT) // 2 - 120, _BOTTOM + 50), 0.55, INK)
-    draw_text(picture, "rms error, share of the map's deviation", (_LEFT, _TOP - 10), 0.5, INK)
+    draw_text(picture, "rms error at the map's peaks, share of its deviation", (_LEFT, _TOP - 10), 0.5, INK)
     ordered = sorted(points, key=lambda point: point.int8_macs)
     line = np.array([place(point.int8_macs, point.error) for point in ordered], np.int32)
     cv2.polylines(picture, [line], False, (200, 195, 190), 2, cv2.LINE_AA)

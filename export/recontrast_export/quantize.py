@@ -2,11 +2,12 @@
 
     result = quantize(Path("parts.onnx"), Path("parts.int8.onnx"), calibration=good, validation=parts, budget=budget)
 
-Ranges come from good images and copies with pasted defects. On some of these, the map's error decides how ranges are
-chosen, and says what harm each block does on its own; validation images only say whether a graph is good enough. The
-harms give a ladder of graphs from all INT8 to ever less of it. The first rung that keeps the budget on a part of
-the validation images is found by bisection, converted to what builders get (INT8 and float16), and proved on all of
-them. If that fails, the next rung is tried. If none holds, the graph is float16 throughout, and must hold as well.
+Ranges come from good images and copies with pasted defects. On some of these, the error of the maps' peaks decides how
+ranges are chosen and says what harm each block does on its own; validation images only say whether a graph is good
+enough. The harms give a ladder of graphs from all INT8 to ever less of it. The first rung that keeps the budget on a
+part of the validation images is found by bisection, converted to what builders get (INT8 and float16), and proved on
+all of them. If that fails, the next rung is tried. If none holds, the graph is float16 throughout, and must hold as
+well.
 """
 
 from __future__ import annotations
@@ -274,7 +275,7 @@ class _Search:
         self.method_errors = method_errors(self._network, typical.blocks, self._activations, probe)
         self._method = min(self.method_errors, key=lambda method: self.method_errors[method])
         listed = ", ".join(f"{method} {100 * error:.3g} %" for method, error in self.method_errors.items())
-        self._say(f"Map error with {100 * typical.int8_macs:.0f} % in INT8: {listed}; {self._method} is used.")
+        self._say(f"Error of the maps' peaks, {100 * typical.int8_macs:.0f} % INT8: {listed}; {self._method} is used.")
         return [
             Trial(rung, probe.error(self._network.quantised(rung.blocks, self._activations, self._method)))
             for rung in rungs
