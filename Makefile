@@ -31,8 +31,9 @@ help:
 demo: $(DEMO_VENV)/installed
 	$(DEMO_VENV)/bin/recontrast-edge demo $(ARGS)
 
+# Two at a time, whole files: many tests wait for cameras, brokers and processes of their own.
 test: lint
-	$(TEST_VENV)/bin/python -m pytest $(ARGS)
+	OMP_WAIT_POLICY=PASSIVE $(TEST_VENV)/bin/python -m pytest --numprocesses 2 --dist loadfile $(ARGS)
 
 lint: $(TEST_VENV)/installed
 	$(TEST_VENV)/bin/ruff check
