@@ -69,7 +69,7 @@ def test_messages(manager: Manager) -> None:
     assert manager.received() == ["READY=1", "STATUS=two lines", "STATUS=another", "STOPPING=1"]
 
 
-@pytest.mark.parametrize("process", [None, str(os.getpid())])
+@pytest.mark.parametrize("process", [None, str(os.getpid())], ids=["any process", "this process"])
 def test_the_watchdog_is_fed_as_often_as_it_must_be(manager: Manager, process: str | None) -> None:
     environment = {**manager.environment, "WATCHDOG_USEC": "400000"}
     if process is not None:
