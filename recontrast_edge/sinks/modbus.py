@@ -23,6 +23,7 @@ from recontrast_edge.sinks.gate import GATE_OPTIONS, Gate, GateTiming
 from recontrast_edge.sinks.loop import LoopThread
 from recontrast_edge.sinks.message import missing
 from recontrast_edge.sinks.progress import Progress
+from recontrast_edge.sinks.trouble import Trouble
 from recontrast_edge.uri import host_port, parse_options, whole_option
 from recontrast_edge.verdict import Fault
 
@@ -153,7 +154,7 @@ class ModbusSink:
         self._heartbeat = 0
         self._registers_changed = False
         self._wake: asyncio.Event = asyncio.Event()
-        self._said: str | None = None
+        self._trouble = Trouble(_log, self.uri, well="connected")
         self._ever_connected = False
         self._closed = False
         self._loop = LoopThread(self.uri)
@@ -216,10 +217,10 @@ class ModbusSink:
                 if await client.connect():
                     await self._drive(client)
                 else:
-                    self._say("cannot connect; trying again")
+                    self._trouble.say("cannot connect; trying again")
             except Exception as error:
                 # Whatever the PLC or the library did: a gate must not be given up.
-                self._say(f"connection lost ({error}); trying again")
+                self._trouble.say(f"connection lost ({error}); trying again")
             finally:
                 client.close()
             self._own["connected"] = 0
@@ -234,7 +235,7 @@ class ModbusSink:
         self._own["connected"] = 1
         self._own["reconnects"] += self._ever_connected
         self._ever_connected = True
-        self._say(None)
+        self._trouble.say(None)
         while True:
             try:
                 await asyncio.wait_for(self._wake.wait(), KEEP_ALIVE_S)
@@ -261,19 +262,9 @@ class ModbusSink:
         response = await request
         if response.isError():
             self._own["refused"] += 1
-            self._say(f"the PLC refuses to have its {what} at {address} written ({response})")
+            self._trouble.say(f"the PLC refuses to have its {what} at {address} written ({response})")
         else:
             self._own["written"] += 1
-
-    def _say(self, trouble: str | None) -> None:
-        """Log a change between trouble and none, once."""
-        if trouble == self._said:
-            return
-        self._said = trouble
-        if trouble is None:
-            _log.info("%s: connected", self.uri)
-        else:
-            _log.warning("%s: %s", self.uri, trouble)
 
 
 class ModbusServerSink:

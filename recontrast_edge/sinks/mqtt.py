@@ -26,9 +26,10 @@ from urllib.parse import unquote
 from recontrast_edge.bounded import call_bounded, wait_until
 from recontrast_edge.errors import UsageError
 from recontrast_edge.frame import Judgement, StateChange, VerdictName
-from recontrast_edge.secrets import Credentials, bare_uri, credentials, mask, masked_uri
+from recontrast_edge.secrets import Credentials, bare_uri, credentials, masked_uri
 from recontrast_edge.sinks.message import VERDICTS, choice_option, message, missing
 from recontrast_edge.sinks.tls import TLS_OPTIONS, tls_context
+from recontrast_edge.sinks.trouble import Trouble
 from recontrast_edge.uri import host_port, parse_options, whole_option
 
 _log = logging.getLogger(__name__)
@@ -87,7 +88,7 @@ class MqttSink:
         self._queued = queued
         self._accepted = 0
         self._counting = threading.Lock()
-        self._said: str | None = None
+        self._trouble = Trouble(_log, self.uri, well="connected")
         self._ever_connected = False
         self._closed = False
         self._client = client = Client(CallbackAPIVersion.VERSION2, client_id=client_id)
@@ -159,35 +160,25 @@ class MqttSink:
 
     def _on_connect(self, _client: Any, _data: Any, _flags: Any, reason: Any, _properties: Any) -> None:
         if reason.is_failure:
-            self._say(f"the broker refuses the connection ({reason})")
+            self._trouble.say(f"the broker refuses the connection ({reason})")
             return
         self.counters["connected"] = 1
         self.counters["reconnects"] += self._ever_connected
         self._ever_connected = True
-        self._say(None)
+        self._trouble.say(None)
         self._publish("status", "online", retain=True)
 
     def _on_connect_fail(self, _client: Any, _data: Any) -> None:
         # Called while the exception is being handled.
-        self._say(f"cannot connect ({sys.exc_info()[1]}); trying again")
+        self._trouble.say(f"cannot connect ({sys.exc_info()[1]}); trying again")
 
     def _on_disconnect(self, _client: Any, _data: Any, _flags: Any, reason: Any, _properties: Any) -> None:
         if self.counters["connected"] and not self._closed:
-            self._say(f"the connection is lost ({reason}); trying again")
+            self._trouble.say(f"the connection is lost ({reason}); trying again")
         self.counters["connected"] = 0
 
     def _on_publish(self, _client: Any, _data: Any, _message_id: int, _reason: Any, _properties: Any) -> None:
         self.counters["delivered"] += 1
-
-    def _say(self, trouble: str | None) -> None:
-        """Log a change between trouble and none, once."""
-        if trouble == self._said:
-            return
-        self._said = trouble
-        if trouble is None:
-            _log.info("%s: connected", self.uri)
-        else:
-            _log.warning("%s: %s", self.uri, mask(trouble))
 
 
 def mqtt_opener(uri: str, target: str, query: str) -> Callable[[], MqttSink]:

@@ -21,9 +21,10 @@ from urllib.parse import unquote, urlsplit
 from recontrast_edge.bounded import POLL_S, join
 from recontrast_edge.errors import UsageError
 from recontrast_edge.frame import Judgement, StateChange, VerdictName
-from recontrast_edge.secrets import Credentials, bare_uri, credentials, mask, masked_uri, register
+from recontrast_edge.secrets import Credentials, bare_uri, credentials, masked_uri, register
 from recontrast_edge.sinks.message import VERDICTS, choice_option, message, missing
 from recontrast_edge.sinks.tls import TLS_OPTIONS, tls_context
+from recontrast_edge.sinks.trouble import Trouble
 from recontrast_edge.uri import host_port, number_option, parse_options
 
 _log = logging.getLogger(__name__)
@@ -82,7 +83,7 @@ class WebhookSink:
         self._queue: deque[bytes] = deque(maxlen=QUEUED_MESSAGES)
         self._changed = threading.Condition()
         self._stop_at_s: float | None = None
-        self._said: str | None = None
+        self._trouble = Trouble(_log, self.uri, well="delivers again")
         self._thread = threading.Thread(target=self._run, name=self.uri, daemon=True)
         self._thread.start()
 
@@ -146,7 +147,7 @@ class WebhookSink:
                         return False
                     time.sleep(POLL_S)
             trouble = self._post(payload)
-            self._say(trouble)
+            self._trouble.say(None if trouble is None else f"cannot deliver ({trouble}); trying again")
             if trouble is None:
                 return True
             if self._stopped:
@@ -169,17 +170,6 @@ class WebhookSink:
         except (urllib3.exceptions.HTTPError, OSError, ValueError) as error:
             return f"{type(error).__name__}: {error}"
         return None if 200 <= reply.status < 300 else f"status {reply.status}"
-
-    def _say(self, trouble: str | None) -> None:
-        """Log a change between trouble and none, once."""
-        kind = None if trouble is None else trouble.partition(":")[0]
-        if kind == self._said:
-            return
-        self._said = kind
-        if trouble is None:
-            _log.info("%s: delivers again", self.uri)
-        else:
-            _log.warning("%s: cannot deliver (%s); trying again", self.uri, mask(trouble))
 
 
 OPTIONS = ("which", "query", "timeout_ms", "auth", "credentials", *TLS_OPTIONS)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -14,19 +13,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-PROGRAM = Path(__file__).parents[2] / "benchmarks" / "threshold.py"
+from tests.programs import BENCHMARKS, load_program
 
 
 @pytest.fixture(scope="module")
 def threshold() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("threshold", PROGRAM)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    # Dataclasses look their module up.
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    return load_program("threshold")
 
 
 @pytest.mark.parametrize(("n", "rank", "m"), [(4, 4, 3), (5, 3, 4), (1, 1, 6), (6, 1, 2)])
@@ -51,7 +43,7 @@ def scores_file(path: Path, n_parts: int, images_a_part: int, between_parts: flo
 
 
 def run(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(PROGRAM), *map(str, arguments)]
+    command = [sys.executable, str(BENCHMARKS / "threshold.py"), *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=120)
 
 

