@@ -142,6 +142,8 @@ def _run(gst: Any, video: Any, uri: str, text: str, endless: bool, slot: Slot) -
         live = pipeline.set_state(gst.State.PAUSED) == gst.StateChangeReturn.NO_PREROLL
         sink.set_property("drop", live)
         _settle(gst, uri, pipeline, slot)
+        # The first pictures come on GStreamer's thread, and none of a file's may be lost.
+        slot.expect(live=live)
         pipeline.set_state(gst.State.PLAYING)
         _settle(gst, uri, pipeline, slot)
         slot.opened(live=live)

@@ -75,6 +75,11 @@ class Slot:
         """The driver should let go of the device and return. Where it waits, it asks at least every 100 ms."""
         return self._closing
 
+    def expect(self, *, live: bool) -> None:
+        """What the pictures will be, where another thread may put some before this one calls ``opened``."""
+        with self._changed:
+            self._live = live
+
     def opened(self, *, live: bool = True) -> None:
         """The device is open; ``live``: pictures come by themselves, and whoever comes late gets the newest."""
         with self._changed:

@@ -14,9 +14,8 @@ import pytest
 
 from recontrast_edge.errors import InputError, MissingError, SourceError, UsageError
 from recontrast_edge.frame import EndOfStream, Frame, Source
-from recontrast_edge.sources import open_source
+from recontrast_edge.sources import open_source, threaded
 from recontrast_edge.sources.gstreamer import _image, csi_pipeline
-from recontrast_edge.sources.threaded import ThreadedSource
 from tests.edge.leaks import assert_reopening_leaves_nothing
 
 LIVE = "gst:videotestsrc is-live=true pattern=red ! video/x-raw,width=64,height=48,framerate=50/1"
@@ -77,6 +76,17 @@ class TestPipelines:
             with pytest.raises(SourceError, match="identity0"):
                 next_frame(source)
 
+    def test_no_picture_is_lost_while_it_opens(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        opened = threaded.Slot.opened
+
+        def late(slot: threaded.Slot, *, live: bool = True) -> None:
+            time.sleep(0.3)
+            opened(slot, live=live)
+
+        monkeypatch.setattr(threaded.Slot, "opened", late)
+        with closing(open_source("gst:videotestsrc num-buffers=5 ! videoconvert")) as source:
+            assert [next_frame(source).frame_id for _ in range(5)] == [0, 1, 2, 3, 4]
+
     @pytest.mark.parametrize(
         ("pipeline", "kind", "message"),
         [
@@ -108,7 +118,7 @@ class TestPipelines:
 
     def test_close_wakes_the_reader_and_stops_a_pipeline_that_waits(self) -> None:
         source = open_source("gst:videotestsrc ! videoconvert")
-        assert isinstance(source, ThreadedSource)
+        assert isinstance(source, threaded.ThreadedSource)
         time.sleep(0.1)
         threading.Timer(0.1, source.close).start()
         ended = False
