@@ -32,7 +32,6 @@ OPTIONS = f"lines=256&overlap=64&merge=length&merge_lines={STRETCH}&line_pitch_m
 URI = f"synthetic-web://brushed-metal?width={WIDTH}&block={BLOCK}&total={STRETCH * STRETCHES}&defect_rate=0.6&seed=5"
 LOST_BLOCKS = range(140, 147)
 TRUTH_BGR = (255, 120, 40)
-HEADING = 34
 TEXT_HEIGHT = 30
 
 

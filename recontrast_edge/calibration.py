@@ -55,11 +55,6 @@ class Calibration:
     n_good: int
     rank: int
 
-    @property
-    def n_rejected(self) -> int:
-        """Images of the calibration set with a higher rank, the most that this threshold rejects of them."""
-        return self.n_good - self.rank
-
 
 def images_needed(max_false_reject_rate: float, confidence: float) -> int:
     """The fewest good images that can support a promise: those for which the largest score suffices.

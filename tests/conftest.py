@@ -6,11 +6,13 @@ import os
 import signal
 import sys
 import sysconfig
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
+from recontrast_edge.engines import Engine, open_engine
 from recontrast_edge.onnxfile import SPEC_KEY, graph_sha256, replace_metadata
 from recontrast_edge.scoring import INPUT_NAME, MAP_NAME, SCORE_NAME
 from recontrast_edge.spec import InputSpec, Level, ModelSpec, Threshold
@@ -99,3 +101,10 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     replace_metadata(path, {SPEC_KEY: spec.dumps()})
     return path
+
+
+@pytest.fixture
+def engine(tiny_model: Path) -> Iterator[Engine]:
+    """``tiny_model``, opened on one thread."""
+    with open_engine(tiny_model, threads=1) as opened:
+        yield opened

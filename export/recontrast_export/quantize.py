@@ -56,8 +56,6 @@ from recontrast_export.rewrite import with_pointwise_upsampling
 from recontrast_export.sensitivity import Probe, Rung, block_harms, ladder, method_errors, opened
 from recontrast_export.trt import Progress
 
-DEFAULT_BUDGET = "verdict_flips<=0.5%,delta_i_auroc<=0.003,delta_aupro<=0.01"
-
 PROBE_PAIRS = 6
 """Good images, each with its copy with a defect, that a block's harm is measured on: a map has tens of thousands of
 pixels."""

@@ -9,7 +9,6 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -36,19 +35,13 @@ from recontrast_edge.bench import (
 from recontrast_edge.bench_plot import SIZE_WH, _step, draw
 from recontrast_edge.cli import app
 from recontrast_edge.cli import commands as _commands  # noqa: F401 - registers on import
-from recontrast_edge.engines import Engine, Inference, open_engine
+from recontrast_edge.engines import Engine, Inference
 from recontrast_edge.errors import GateError, InputError, SourceError, UsageError
 from recontrast_edge.frame import EndOfStream, Frame
 from recontrast_edge.sensors import Sensors, summarise
 from recontrast_edge.sources import open_source
 
 LINE = "synthetic://brushed-metal?fps=0&size=32x32"
-
-
-@pytest.fixture
-def engine(tiny_model: Path) -> Iterator[Engine]:
-    with open_engine(tiny_model, threads=1) as opened:
-        yield opened
 
 
 class Slow:

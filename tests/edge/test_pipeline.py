@@ -5,12 +5,10 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-from recontrast_edge.engines import Engine, open_engine
 from recontrast_edge.errors import ModelError, SourceError
 from recontrast_edge.frame import Frame, Judgement
 from recontrast_edge.pipeline import stop_on_signals, warm_up
@@ -26,12 +24,6 @@ from tests.edge.fakes_line import (
     picture,
     run,
 )
-
-
-@pytest.fixture
-def engine(tiny_model: Path) -> Iterator[Engine]:
-    with open_engine(tiny_model, threads=1) as opened:
-        yield opened
 
 
 def test_every_frame_is_judged_in_order(engine) -> None:

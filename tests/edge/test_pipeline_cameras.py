@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from recontrast_edge.engines import Engine, open_engine
+from recontrast_edge.engines import open_engine
 from recontrast_edge.errors import UsageError
 from recontrast_edge.frame import Frame, Judgement, VerdictName
 from recontrast_edge.mailbox import Lane, Mailbox, Overflow
@@ -34,13 +34,6 @@ from tests.edge.fakes_line import (
     run,
     run_line,
 )
-
-
-@pytest.fixture
-def engine(tiny_model: Path) -> Iterator[Engine]:
-    with open_engine(tiny_model, threads=1) as opened:
-        yield opened
-
 
 # Several cameras, one engine.
 

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 from recontrast_edge.camera_plan import CameraPlan, Retry
-from recontrast_edge.engines import Engine, open_engine
+from recontrast_edge.engines import Engine
 from recontrast_edge.errors import SourceError
 from recontrast_edge.frame import Frame, Source
 from recontrast_edge.pipeline import Line
@@ -44,12 +44,6 @@ SOAK_S = float(os.environ.get("RECONTRAST_SOAK_S", "1800"))
 DEATHS = 20
 LEAST_SLOPE_BYTES = 512 << 10
 """What the resident memory may differ by between two looks without meaning anything."""
-
-
-@pytest.fixture
-def engine(tiny_model: Path) -> Iterator[Engine]:
-    with open_engine(tiny_model, threads=1) as opened:
-        yield opened
 
 
 def three_times_too_slow(engine: Engine) -> Wrapped:

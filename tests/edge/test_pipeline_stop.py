@@ -18,7 +18,6 @@ from pathlib import Path
 import pytest
 
 from recontrast_edge import bounded
-from recontrast_edge.engines import Engine, open_engine
 from recontrast_edge.errors import StallError
 from recontrast_edge.frame import Frame, Judgement
 from recontrast_edge.pipeline import Line
@@ -28,12 +27,6 @@ from tests.edge.fakes_line import FakeSink, FakeSource, Wrapped, check_accounts,
 ROOT = Path(__file__).parents[2]
 DOWN_WITHIN_S = 5.0
 """What is promised of a machine that is not busy with something else; see ``allowed_s``."""
-
-
-@pytest.fixture
-def engine(tiny_model: Path) -> Iterator[Engine]:
-    with open_engine(tiny_model, threads=1) as opened:
-        yield opened
 
 
 EXPECTED = {

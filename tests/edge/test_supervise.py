@@ -2,15 +2,13 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 
 from recontrast_edge import bounded, supervise
 from recontrast_edge.camera_plan import CameraPlan, Retry
-from recontrast_edge.engines import Engine, open_engine
 from recontrast_edge.errors import SourceError, UsageError
 from recontrast_edge.frame import EndOfStream, Frame, Source
 from recontrast_edge.health import HealthCheck, Watch
@@ -20,12 +18,6 @@ from tests.edge.fakes_line import THRESHOLD, FakeSink, FakeSource, check_account
 
 QUICK = Retry(first_s=0.01, longest_s=0.02)
 NO_PICTURE_CHECKS = {"frozen_after": 0, "dark_share": 0.0, "saturated_share": 0.0}
-
-
-@pytest.fixture
-def engine(tiny_model: Path) -> Iterator[Engine]:
-    with open_engine(tiny_model, threads=1) as opened:
-        yield opened
 
 
 def in_turn(*outcomes: Source | Exception) -> Callable[[], Source]:

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 
-from recontrast_edge.engines import Engine, open_engine
 from recontrast_edge.errors import EXIT_FAULTS, InputError, MissingError, ModelError, UsageError
 from recontrast_edge.pipeline import Line
 from recontrast_edge.systemd import UNIT_NAME, Notifier, unit
@@ -48,12 +47,6 @@ def manager(request, tmp_path: Path) -> Iterator[Manager]:
     opened = Manager(str(tmp_path / "notify") if request.param == "a path" else abstract)
     yield opened
     opened.close()
-
-
-@pytest.fixture
-def engine(tiny_model: Path) -> Iterator[Engine]:
-    with open_engine(tiny_model, threads=1) as opened:
-        yield opened
 
 
 def test_messages(manager: Manager) -> None:

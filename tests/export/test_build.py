@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 
 from recontrast_edge import cli
-from recontrast_edge.calibration import calibrate_engine, held_out, write_threshold
-from recontrast_edge.datasets import combined_sha256, file_sha256, find_dataset
+from recontrast_edge.calibration import write_threshold
+from recontrast_edge.datasets import combined_sha256, file_sha256
 from recontrast_edge.engines import Inference
 from recontrast_edge.engines.onnx import OnnxEngine
 from recontrast_edge.errors import (
@@ -35,6 +35,7 @@ from recontrast_edge.int8 import part_of
 from recontrast_edge.onnxfile import SPEC_KEY, graph_sha256, read_spec, replace_metadata
 from recontrast_edge.plan import PlanInfo, read_sidecar, sidecar_path, verify_plan
 from recontrast_edge.spec import Threshold
+from tests.export.calibrated import with_threshold
 
 torch = pytest.importorskip("torch", reason="needs the train extra")
 onnx = pytest.importorskip("onnx", reason="needs the export extra")
@@ -326,17 +327,7 @@ def calibrated(models: Any, good: Path, tmp_path_factory: pytest.TempPathFactory
     """A model with a threshold from the good images."""
     path: Path = tmp_path_factory.mktemp("calibrated") / "model.onnx"
     path.write_bytes(models(head="map").read_bytes())
-    with OnnxEngine(path, threads=1) as engine:
-        found = calibrate_engine(
-            engine.infer,
-            held_out(find_dataset(good).training_samples(), engine.spec),
-            engine.spec,
-            engine_sha256=engine.sha256,
-            data_name="good",
-            max_false_reject_rate=0.3,
-            confidence=0.8,
-        )
-        write_threshold(path, engine.spec, found.threshold)
+    with_threshold(path, good)
     return path
 
 

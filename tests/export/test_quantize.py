@@ -14,8 +14,6 @@ import pytest
 from recontrast_edge import cli
 from recontrast_edge.artifact import describe
 from recontrast_edge.binomial import clopper_pearson
-from recontrast_edge.calibration import calibrate_engine, held_out, write_threshold
-from recontrast_edge.datasets import find_dataset
 from recontrast_edge.engines import Inference, open_engine
 from recontrast_edge.engines.onnx import OnnxEngine
 from recontrast_edge.errors import (
@@ -33,6 +31,7 @@ from recontrast_edge.plan import read_sidecar
 from recontrast_edge.proof import QUANTISATION_KEY, Proof, read_quantisation
 from recontrast_edge.spec import Roi, Threshold
 from recontrast_edge.verdict import resolve_threshold
+from tests.export.calibrated import with_threshold
 
 torch = pytest.importorskip("torch", reason="needs the train extra")
 onnx = pytest.importorskip("onnx", reason="needs the export extra")
@@ -76,17 +75,7 @@ def model(model_of: Any, spec_of: Any, good: Path, tmp_path_factory: pytest.Temp
     path: Path = tmp_path_factory.mktemp("models") / "lite0.onnx"
     network = model_of("efficientnet_lite0")
     onnx.save(build_onnx(network, spec_of("efficientnet_lite0", network.channels), head="map"), path)
-    with OnnxEngine(path, threads=1) as engine:
-        calibrated = calibrate_engine(
-            engine.infer,
-            held_out(find_dataset(good).training_samples(), engine.spec),
-            engine.spec,
-            engine_sha256=engine.sha256,
-            data_name="good",
-            max_false_reject_rate=0.3,
-            confidence=0.8,
-        )
-        write_threshold(path, engine.spec, calibrated.threshold)
+    with_threshold(path, good)
     return path
 
 
