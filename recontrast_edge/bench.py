@@ -429,6 +429,7 @@ def _describe(engine: Engine) -> dict[str, Any]:
         "sha256": engine.sha256,
         "backbone": engine.spec.backbone,
         "input_wh": list(engine.spec.input.size_wh),
+        "tiles": engine.spec.input.n_tiles,
     }
 
 

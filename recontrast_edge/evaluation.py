@@ -220,7 +220,7 @@ def score_samples(
         InputError: an image or mask that cannot be used, by name.
         ModelError: a score or map that is not finite, or maps of a size other than the spec's.
     """
-    width, height = spec.input.size_wh
+    width, height = spec.input.map_wh
     for batch in _batches(_tracked(samples, progress), batch_size):
         loaded = [_load(sample, spec) for sample in batch]
         result = score([image for image, _ in loaded])
@@ -326,7 +326,7 @@ def evaluate(
     if empty:
         notes.append(f"{empty} defect image(s) have an empty mask: they count as defects by image, but not by pixel")
     if lost:
-        width, height = spec.input.size_wh
+        width, height = spec.input.map_wh
         small = f", or are too small for the {width}x{height} map" if resolution == "map" else ""
         notes.append(f"{lost} defect image(s) lie outside of the judged area{small}")
     if note := _broken_promise(spec.threshold, at_threshold):

@@ -26,6 +26,7 @@ from recontrast_edge.errors import InputError, SourceError, UsageError
 from recontrast_edge.frame import EndOfStream, Frame, Source, WebSpan
 from recontrast_edge.preprocess import Image, check_image
 from recontrast_edge.secrets import masked_uri
+from recontrast_edge.tile_layout import spread_starts
 from recontrast_edge.uri import number_option, parse_options, whole_option
 from recontrast_edge.verdict import Fault
 
@@ -317,7 +318,7 @@ class LineScanSource:
                 f"{overlap}"
             )
         columns = -(-(width + (count - 1) * overlap) // count)
-        self._columns = [(index * (width - columns) // max(count - 1, 1), columns) for index in range(count)]
+        self._columns = [(start, columns) for start in spread_starts(width, columns, count)]
         self._web_columns = width
 
     # A tile is held until it is known whether it is its part's last: where the part's length is given, that is at once,
@@ -475,12 +476,12 @@ class LineScanSource:
         return mask
 
 
-def open_line_source(uri: str, open_blocks: Callable[[str], Source]) -> LineScanSource:
-    """Open a source of tiles.
+def line_source_opener(uri: str, blocks_opener: Callable[[str], Callable[[], Source]]) -> Callable[[], LineScanSource]:
+    """Check the URI of a source of tiles and return what opens it.
 
     Args:
         uri: of the source of blocks, with the line-scan options in its query; those are taken out.
-        open_blocks: opens what is left.
+        blocks_opener: checks what is left, and returns what opens it.
 
     Raises:
         UsageError: an option that is unknown, out of range, or contradicts another.
@@ -491,13 +492,13 @@ def open_line_source(uri: str, open_blocks: Callable[[str], Source]) -> LineScan
     head, _, query = uri.partition("?")
     others = [item for item in query.split("&") if _key(item) not in OPTIONS]
     try:
-        source = open_blocks("?".join(filter(None, [head, "&".join(others)])))
+        open_blocks = blocks_opener("?".join(filter(None, [head, "&".join(others)])))
     except UsageError as error:
         near = [match for item in others for match in difflib.get_close_matches(_key(item), OPTIONS, 1)]
         if not near:
             raise
         raise UsageError(f"{error}; as an option of line scan, did you mean {near[0]!r}?") from None
-    return LineScanSource(source, options, masked_uri(uri))
+    return lambda: LineScanSource(open_blocks(), options, masked_uri(uri))
 
 
 def line_options(uri: str) -> LineScanOptions | None:

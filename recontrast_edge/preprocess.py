@@ -46,7 +46,7 @@ class Geometry:
     resize_wh: tuple[int, int]
     crop_x: int
     crop_y: int
-    """Offset of the centre crop within the resized image."""
+    """Offset of the centre crop within the resized image; 0 with tiles."""
 
     @classmethod
     def of(cls, spec: InputSpec, image: Image) -> Geometry:
@@ -66,8 +66,8 @@ class Geometry:
                     f"the model's ROI {roi_width}x{roi_height}+{x}+{y} does not lie inside the {width}x{height} image; "
                     "set the camera to the size the model was trained for"
                 )
-        crop_x = (spec.resize_wh[0] - spec.size_wh[0]) // 2
-        crop_y = (spec.resize_wh[1] - spec.size_wh[1]) // 2
+        crop_x = (spec.resize_wh[0] - spec.map_wh[0]) // 2
+        crop_y = (spec.resize_wh[1] - spec.map_wh[1]) // 2
         return cls(x, y, roi_width, roi_height, spec.resize_wh, crop_x, crop_y)
 
     @property
@@ -92,7 +92,7 @@ def preprocess(image: Image, spec: InputSpec) -> NDArray[np.float32]:
 
     Args:
         image: (H, W) mono or (H, W, 3) BGR, uint8.
-        spec: the model's input rule.
+        spec: the model's input rule; of one tile, ``spec.of_tile``, where images are cut into tiles.
 
     Returns:
         (3, height, width) float32, C-contiguous.
@@ -100,6 +100,8 @@ def preprocess(image: Image, spec: InputSpec) -> NDArray[np.float32]:
     Raises:
         InputError: wrong dtype or shape, or an ROI outside the image.
     """
+    if spec.is_tiled:
+        raise ValueError("an image that is cut into tiles is no single input; see tiling.tiles")
     check_image(image)
     geometry = Geometry.of(spec, image)
     part = image[geometry.y : geometry.y + geometry.height, geometry.x : geometry.x + geometry.width]

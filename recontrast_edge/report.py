@@ -293,12 +293,14 @@ def _provenance(evaluation: Evaluation, provenance: Provenance) -> Sequence[tupl
     width, height = spec.input.size_wh
     scoring = spec.scoring
     rule = "maximum" if scoring.rule == "max" else f"mean of the largest {100 * scoring.top_fraction:g} %"
+    n_tiles = spec.input.n_tiles
+    cut = f" for each of the {n_tiles} tiles of an image" if n_tiles > 1 else ""
     entries = [
         ("Report made", f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC, recontrast-edge {__version__}"),
         ("Model file", provenance.engine_file),
         ("Model SHA-256", provenance.engine_sha256),
         ("Run by", provenance.engine_name),
-        ("Network", f"{spec.backbone}, input {width}x{height} pixels, score: {rule} of the map"),
+        ("Network", f"{spec.backbone}, input {width}x{height} pixels{cut}, score: {rule} of the map"),
         (
             "Test images",
             f"{provenance.data_name}: {evaluation.n_good} good, {evaluation.overall.n_defect} with defects",

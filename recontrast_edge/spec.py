@@ -16,9 +16,11 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from recontrast_edge.errors import ModelError
+from recontrast_edge.tile_layout import check_tiles, tile_starts
 
 SPEC_FORMAT: Literal["recontrast-edge.spec"] = "recontrast-edge.spec"
-SPEC_VERSION: Literal[1] = 1
+SPEC_VERSION: Literal[2] = 2
+"""Version 2 added tiles and parts. Version 1 is still read: what it does not know is absent."""
 
 IMAGE_DIGEST_DIGITS = 16
 """Hex digits of an image's SHA-256 that ``Training.image_digests`` keeps: enough that no two images share them."""
@@ -47,14 +49,15 @@ class Roi(_Frozen):
 class InputSpec(_Frozen):
     """How a camera image becomes the network's input.
 
-    source -> ROI -> resize (stretch, antialiased bilinear) to ``resize_wh`` -> centre crop to ``size_wh`` -> channel
-    order -> ``(value / 255 - mean) / std``.
+    source -> ROI -> resize (stretch, antialiased bilinear) to ``resize_wh`` -> centre crop to ``size_wh``, or tiles of
+    ``size_wh`` -> channel order -> ``(value / 255 - mean) / std``.
     """
 
     size_wh: tuple[Positive, Positive]
     """Network input (width, height) in pixels; a multiple of the deepest stride."""
     resize_wh: tuple[Positive, Positive]
-    """Size (width, height) before the centre crop; equal to ``size_wh`` where nothing is cropped."""
+    """Size (width, height) before the centre crop, or of what is cut into tiles; equal to ``size_wh`` where neither is
+    done."""
     resize_rule: Literal["antialiased-bilinear"] = "antialiased-bilinear"
     colour: Literal["rgb", "bgr"] = "rgb"
     """Channel order that the network expects. Mono images are repeated to three channels."""
@@ -62,6 +65,9 @@ class InputSpec(_Frozen):
     """Per channel in ``colour`` order, on the 0..1 scale."""
     std: tuple[Finite, Finite, Finite]
     roi: Roi | None = None
+    tile_overlap: Annotated[int, Field(ge=0)] | None = None
+    """All of ``resize_wh`` is judged, in tiles of ``size_wh`` that share at least this many pixels with their
+    neighbours; None: the centre alone is."""
 
     @model_validator(mode="after")
     def _consistent(self) -> InputSpec:
@@ -69,7 +75,41 @@ class InputSpec(_Frozen):
             raise ValueError(f"std must be positive, got {self.std}")
         if self.resize_wh[0] < self.size_wh[0] or self.resize_wh[1] < self.size_wh[1]:
             raise ValueError(f"resize_wh {self.resize_wh} is smaller than the crop size_wh {self.size_wh}")
+        if self.tile_overlap is not None:
+            check_tiles(self.resize_wh, self.size_wh, self.tile_overlap)
         return self
+
+    @property
+    def is_tiled(self) -> bool:
+        """Whether an image is judged as several tiles."""
+        return self.tile_overlap is not None and self.resize_wh != self.size_wh
+
+    @property
+    def map_wh(self) -> tuple[int, int]:
+        """Size (width, height) of an image's anomaly map."""
+        return self.size_wh if self.tile_overlap is None else self.resize_wh
+
+    @property
+    def tile_corners(self) -> tuple[tuple[int, int], ...]:
+        """(x, y) of the first pixel of each tile within ``resize_wh``, row by row; needs ``tile_overlap``."""
+        assert self.tile_overlap is not None
+        columns, rows = (
+            tile_starts(length, size, self.tile_overlap)
+            for length, size in zip(self.resize_wh, self.size_wh, strict=True)
+        )
+        return tuple((x, y) for y in rows for x in columns)
+
+    @property
+    def n_tiles(self) -> int:
+        """Inputs of the network that an image becomes."""
+        return 1 if self.tile_overlap is None else len(self.tile_corners)
+
+    @property
+    def of_tile(self) -> InputSpec:
+        """How a tile becomes the network's input; of an input without tiles, how an image does."""
+        if not self.is_tiled:
+            return self
+        return self.model_copy(update={"resize_wh": self.size_wh, "roi": None, "tile_overlap": None})
 
 
 class Level(_Frozen):
@@ -132,7 +172,7 @@ class ModelSpec(_Frozen):
     """The spec of one trained model."""
 
     format: Literal["recontrast-edge.spec"] = SPEC_FORMAT
-    version: Literal[1] = SPEC_VERSION
+    version: Literal[2] = SPEC_VERSION
     class_name: Annotated[str, Field(min_length=1, max_length=200)]
     backbone: Annotated[str, Field(min_length=1, max_length=100)]
     input: InputSpec
@@ -199,7 +239,7 @@ class ModelSpec(_Frozen):
             )
         try:
             # JSON mode lets arrays stand for tuples; strictness of scalars stays.
-            return cls.model_validate_json(json.dumps(body))
+            return cls.model_validate_json(json.dumps({**body, "version": SPEC_VERSION}))
         except ValidationError as error:
             first = error.errors()[0]
             field = ".".join(str(part) for part in first["loc"]) or "spec"

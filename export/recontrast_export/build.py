@@ -15,8 +15,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import onnx
 import onnxruntime
+from numpy.typing import NDArray
 
 from recontrast_edge import __version__
 from recontrast_edge.datasets import Sample, find_dataset
@@ -33,11 +35,12 @@ from recontrast_edge.plan import (
     Precision,
     sidecar_path,
 )
-from recontrast_edge.preprocess import preprocess
+from recontrast_edge.preprocess import Image, preprocess
 from recontrast_edge.proof import Proof, read_quantisation
 from recontrast_edge.recalibration import recalibrate, require_calibrated_on
 from recontrast_edge.scoring import MAP_NAME
-from recontrast_edge.spec import ModelSpec, Threshold
+from recontrast_edge.spec import InputSpec, ModelSpec, Threshold
+from recontrast_edge.tiling import canvas, tiles
 from recontrast_export.budget import Budget
 from recontrast_export.emulation import with_float16_rounding
 from recontrast_export.parity import (
@@ -176,7 +179,7 @@ def build_engine(
         judged = None if validation is None else read_validation(validation, Path(folder))
         limits = budget or BUDGETS[precision]
         gate = _Gate(reference, compared, judged, precision, limits, Path(folder), on_parity, on_proof)
-        tensors = [preprocess(entry.image, spec.input)[None] for entry in compared.images]
+        tensors = _network_inputs([entry.image for entry in compared.images], spec.input)
         converted = to_precision(source, precision, calibration=scales, images=tensors, progress=progress)
         is_source = precision == "fp32" or converted.model is source
         content = converted.model.SerializeToString(deterministic=True)
@@ -317,6 +320,17 @@ class _Gate:
             self._on_proof(proof, self._budget)
         enforce(proof, self._budget)
         return proof
+
+
+def _network_inputs(images: Sequence[Image], spec: InputSpec) -> list[NDArray[np.float32]]:
+    """(1, 3, H, W) float32 of each image; where it is cut into tiles, of one, another one each time."""
+    if not spec.is_tiled:
+        return [preprocess(image, spec)[None] for image in images]
+    chosen = [index * spec.n_tiles // len(images) for index in range(len(images))]
+    return [
+        preprocess(tiles(canvas(image, spec), spec)[tile], spec.of_tile)[None]
+        for image, tile in zip(images, chosen, strict=True)
+    ]
 
 
 def _why_not_run(info: PlanInfo, gpu: Gpu | None) -> str | None:

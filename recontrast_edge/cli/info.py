@@ -134,7 +134,10 @@ def _spec(spec: ModelSpec) -> Iterator[tuple[str, str]]:
     source, scoring, threshold, training = spec.input, spec.scoring, spec.threshold, spec.training
     yield "product", spec.class_name
     yield "backbone", spec.backbone
-    crop = "" if source.resize_wh == source.size_wh else f", cut from the centre of {_wh(source.resize_wh)}"
+    if source.is_tiled:
+        crop = f", {source.n_tiles} tiles of {_wh(source.resize_wh)} that overlap by {source.tile_overlap} or more"
+    else:
+        crop = "" if source.resize_wh == source.size_wh else f", cut from the centre of {_wh(source.resize_wh)}"
     yield "input", f"{_wh(source.size_wh)} pixels {source.colour.upper()}{crop}, {source.resize_rule} resize"
     yield "normalisation", f"mean {_numbers(source.mean)}, standard deviation {_numbers(source.std)}"
     roi = source.roi

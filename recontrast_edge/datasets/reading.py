@@ -91,14 +91,14 @@ def mask_to_map(mask: NDArray[np.bool_], spec: InputSpec) -> NDArray[np.bool_]:
         mask: (H, W) bool at the source's size.
 
     Returns:
-        (height, width) bool, the size of ``spec.size_wh``.
+        (height, width) bool, the size of ``spec.map_wh``.
 
     Raises:
         InputError: the ROI does not lie inside the mask.
     """
     geometry = Geometry.of(spec, mask.view(np.uint8))
     scale_x, scale_y = geometry.scale_xy
-    width, height = spec.size_wh
+    width, height = spec.map_wh
     columns = geometry.x + ((np.arange(width) + geometry.crop_x + 0.5) * scale_x).astype(np.intp)
     rows = geometry.y + ((np.arange(height) + geometry.crop_y + 0.5) * scale_y).astype(np.intp)
     resized: NDArray[np.bool_] = mask[np.ix_(rows, columns)]

@@ -30,6 +30,7 @@ from recontrast_edge.scoring import (
     target_name,
     weighted,
 )
+from recontrast_edge.tiling import infer_tiles
 
 
 class OnnxEngine:
@@ -101,16 +102,20 @@ class OnnxEngine:
 
     def infer(self, images: Sequence[Image], *, maps_above: float | None = None) -> Inference:
         """See ``Engine.infer``. The maps are there anyway, so ``maps_above`` saves nothing and they always come."""
+        return infer_tiles(self._infer, images, self.spec) if self.spec.input.is_tiled else self._infer(images)
+
+    def _infer(self, images: Sequence[Image]) -> Inference:
         if self._session is None:
             raise ModelError(f"{self.path}: the engine is closed")
-        width, height = self.spec.input.size_wh
+        input_spec = self.spec.input.of_tile
+        width, height = input_spec.size_wh
         maps = np.empty((len(images), height, width), np.float32)
         scores = np.empty(len(images), np.float32)
         stage_s = {"preprocess": 0.0, "infer": 0.0}
         # One at a time: a batch is no faster on a CPU, and this way the numbers cannot depend on it.
         for index, image in enumerate(images):
             start = time.perf_counter()
-            tensor = preprocess(image, self.spec.input)[None]
+            tensor = preprocess(image, input_spec)[None]
             prepared = time.perf_counter()
             try:
                 results = self._session.run(self._outputs, {INPUT_NAME: tensor})

@@ -61,7 +61,7 @@ def envelope(**changes: object) -> dict[str, object]:
         ("[]", "not a recontrast-edge spec"),
         ('{"spec": 1, "sha256": ""}', "not a recontrast-edge spec"),
         (json.dumps(envelope(format="other")), "expected spec format"),
-        (json.dumps(envelope(version=2)), "newer than this software"),
+        (json.dumps(envelope(version=3)), "newer than this software"),
         (json.dumps(envelope(version=0)), "not a positive"),
         (json.dumps(envelope(version=True)), "not a positive"),
         (spec().dumps().replace("washers", "washer"), "changed after it was written"),

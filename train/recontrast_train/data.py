@@ -22,8 +22,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from recontrast_edge.errors import InputError, UsageError
 from recontrast_edge.images import read_image
-from recontrast_edge.preprocess import preprocess
+from recontrast_edge.preprocess import Image, preprocess
 from recontrast_edge.spec import InputSpec
+from recontrast_edge.tiling import canvas, tiles
 from recontrast_train.distributed import rank, world_size
 
 CACHE_BYTES = 2 * 1024**3
@@ -34,7 +35,7 @@ PREFETCH = 4
 
 
 class GoodImages(Dataset[Tensor]):
-    """Preprocessed good images.
+    """Preprocessed good images, or the tiles that they are cut into: what the network is trained on.
 
     Args:
         paths: image files.
@@ -44,14 +45,20 @@ class GoodImages(Dataset[Tensor]):
 
     def __init__(self, paths: Sequence[Path], spec: InputSpec, *, categories: Sequence[str] | None = None) -> None:
         self.paths = list(paths)
-        self.categories = list(categories or [""] * len(paths))
+        self._tiles = spec.n_tiles
+        self.categories = [name for name in categories or [""] * len(paths) for _ in range(self._tiles)]
         self.spec = spec
-        width, height = spec.size_wh
-        fits = len(self.paths) * 3 * width * height * 4 <= CACHE_BYTES
-        self._cache: dict[int, Tensor] | None = {} if fits else None
+        width, height = spec.map_wh
+        pixel_bytes = 3 if spec.is_tiled else 3 * 4
+        fits = len(self.paths) * pixel_bytes * width * height <= CACHE_BYTES
+        self._cache: dict[int, Tensor | Image] | None = {} if fits else None
 
     def __len__(self) -> int:
-        return len(self.paths)
+        return len(self.paths) * self._tiles
+
+    def path(self, index: int) -> Path:
+        """Of the image that is, or holds, what ``[index]`` gives."""
+        return self.paths[index // self._tiles]
 
     def load(self, threads: int) -> None:
         """Read all images now, if they are kept in memory.
@@ -61,22 +68,32 @@ class GoodImages(Dataset[Tensor]):
         """
         if self._cache is not None:
             with ThreadPoolExecutor(threads) as pool:
-                for _ in pool.map(self.__getitem__, range(len(self))):
+                for _ in pool.map(self._read, range(len(self.paths))):
                     pass
 
     def __getitem__(self, index: int) -> Tensor:
         """(3, H, W) float32."""
-        if self._cache is not None and index in self._cache:
-            return self._cache[index]
-        path = self.paths[index]
+        number, tile = divmod(index, self._tiles)
+        read = self._read(number)
+        if isinstance(read, Tensor):
+            return read
+        return torch.from_numpy(preprocess(tiles(read, self.spec)[tile], self.spec.of_tile))
+
+    def _read(self, number: int) -> Tensor | Image:
+        """One image as it is kept: preprocessed, or uncut, which takes less memory than its tiles."""
+        if self._cache is not None and number in self._cache:
+            return self._cache[number]
+        path = self.paths[number]
         try:
-            tensor = torch.from_numpy(preprocess(read_image(path), self.spec))
+            image = read_image(path)
+            read = canvas(image, self.spec) if self.spec.is_tiled else torch.from_numpy(preprocess(image, self.spec))
         except InputError as error:
             # Reading names the file itself; a wrong ROI does not.
             raise error if str(path) in str(error) else InputError(f"{path}: {error}") from None
         if self._cache is not None:
-            self._cache[index] = tensor
-        return tensor
+            # A view would keep the whole image.
+            self._cache[number] = read if isinstance(read, Tensor) else np.ascontiguousarray(read)
+        return read
 
 
 class Draw(NamedTuple):

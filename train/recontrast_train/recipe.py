@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from recontrast_edge.errors import UsageError
 from recontrast_edge.spec import Fraction, Roi
+from recontrast_edge.tile_layout import check_tiles
 from recontrast_train.backbones import BACKBONES
 
 if sys.version_info >= (3, 11):
@@ -42,7 +43,10 @@ class Recipe(BaseModel):
     size_wh: tuple[Side, Side] = (256, 256)
     """Network input in pixels, multiples of 32."""
     resize_wh: tuple[Side, Side] | None = None
-    """Size before the centre crop to ``size_wh``; None for no crop."""
+    """Size before the centre crop to ``size_wh``, or of what is cut into tiles; None for neither."""
+    tile_overlap: Annotated[int, Field(ge=0)] | None = None
+    """Cut ``resize_wh`` into tiles of ``size_wh`` that share at least this many pixels with their neighbours, and learn
+    and judge these; None for the centre crop."""
     roi: Roi | None = None
     iterations: Count = 2000
     batch: Annotated[int, Field(ge=2, le=4096)] = 16
@@ -106,6 +110,13 @@ class Recipe(BaseModel):
         resize = self.resize_wh
         if resize is not None and (resize[0] < self.size_wh[0] or resize[1] < self.size_wh[1]):
             raise ValueError(f"resize_wh {resize} is smaller than size_wh {self.size_wh}")
+        if self.tile_overlap is not None:
+            if resize is None:
+                raise ValueError(
+                    "tile_overlap cuts resize_wh into tiles of size_wh, so it needs resize_wh: the size of the images "
+                    "(or of the ROI) keeps their scale"
+                )
+            check_tiles(resize, self.size_wh, self.tile_overlap)
         if self.discriminator and not self.pseudo_defects:
             raise ValueError("a discriminator learns from pseudo_defects; give a share of them, such as 0.5")
         if self.pseudo_defects and not round(self.pseudo_defects * self.batch):

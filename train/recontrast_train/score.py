@@ -13,17 +13,23 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from recontrast_edge.calibration import SHIFT_MIN_IMAGES
 from recontrast_edge.datasets import Sample, file_sha256
 from recontrast_edge.engines import Inference
 from recontrast_edge.evaluation import score_samples
 from recontrast_edge.preprocess import Image, preprocess
 from recontrast_edge.scoring import fold_maps, image_scores, level_distances, weighted
 from recontrast_edge.spec import IMAGE_DIGEST_DIGITS, ModelSpec
+from recontrast_edge.tiling import infer_tiles
 from recontrast_train.data import GoodImages
 from recontrast_train.model import ReContrast
 
 TRAINING_SCORES = 200
-"""Training images whose scores go into the spec: enough to notice a shift of a fifth of the scores' spread."""
+"""Training images whose scores go into the spec: enough to notice a shift of a fifth of the scores' spread. Images of
+many tiles take long to judge; of those, fewer."""
+
+TILES_AT_ONCE = 8
+"""Tiles in one batch, which bounds the memory."""
 
 
 class TorchScorer:
@@ -41,8 +47,14 @@ class TorchScorer:
 
     def __call__(self, images: Sequence[Image]) -> Inference:
         """Maps (N, H, W) and scores (N,) of uint8 images, (H, W) mono or (H, W, 3) BGR."""
+        if self._spec.input.is_tiled:
+            return infer_tiles(self._infer, images, self._spec, batch=TILES_AT_ONCE)
+        return self._infer(images)
+
+    def _infer(self, images: Sequence[Image]) -> Inference:
+        input_spec = self._spec.input.of_tile
         start = time.perf_counter()
-        tensor = torch.from_numpy(np.stack([preprocess(image, self._spec.input) for image in images]))
+        tensor = torch.from_numpy(np.stack([preprocess(image, input_spec) for image in images]))
         prepared = time.perf_counter()
         with torch.inference_mode():
             pairs = self._model(tensor.to(self._device))
@@ -52,7 +64,7 @@ class TorchScorer:
         arrays = [[(a.cpu().numpy(), b.cpu().numpy()) for a, b in view] for view in pairs]
         scoring = self._spec.scoring
         parts = weighted(level_distances(arrays), scoring, probability)
-        maps = fold_maps(parts, self._spec.input.size_wh, scoring.blur_sigma)
+        maps = fold_maps(parts, input_spec.size_wh, scoring.blur_sigma)
         scores = image_scores(maps, scoring)
         stages = {"preprocess": (prepared - start) * 1e3, "infer": (time.perf_counter() - prepared) * 1e3}
         return Inference(maps, scores, stages)
@@ -63,7 +75,7 @@ def level_spreads(model: ReContrast, images: GoodImages) -> tuple[float, ...]:
 
     Args:
         model: put in eval mode here.
-        images: the training images; at most ``TRAINING_SCORES`` are used, spread over them.
+        images: the training images, or tiles; at most ``TRAINING_SCORES`` are used, spread over them.
     """
     model.eval()
     device = next(model.parameters()).device
@@ -92,7 +104,8 @@ def with_training_images(spec: ModelSpec, model: ReContrast, paths: Sequence[Pat
     Raises:
         InputError, ModelError: as ``evaluation.score_samples``.
     """
-    chosen = np.linspace(0, len(paths) - 1, min(len(paths), TRAINING_SCORES)).round().astype(int)
+    count = min(len(paths), max(SHIFT_MIN_IMAGES, TRAINING_SCORES // spec.input.n_tiles))
+    chosen = np.linspace(0, len(paths) - 1, count).round().astype(int)
     scored = score_samples(TorchScorer(model, spec), [Sample(paths[index]) for index in chosen], spec)
     training = spec.training.model_copy(
         update={

@@ -46,10 +46,10 @@ _COLUMNS = 6
 
 @dataclass(frozen=True, eq=False)
 class Suspect:
-    """One training image.
+    """One training image; of one that is cut into tiles, its most suspicious tile.
 
     Attributes:
-        index: of the image among the training images.
+        index: of the image, or tile, among the training images.
         path: of the image.
         score: its largest distance; comparable within one ranking only.
         relative: the score as a multiple of the median score of all training images.
@@ -91,10 +91,11 @@ def rank_suspects(encoder: nn.Module, images: GoodImages, *, seed: int = 0) -> l
         heats.append(heat[0, 0].cpu().numpy())
     scores = np.array([heat.max() for heat in heats])
     median = max(float(np.median(scores)), 1e-12)
-    return [
-        Suspect(int(index), images.paths[index], float(scores[index]), float(scores[index]) / median, heats[index])
-        for index in np.argsort(-scores, kind="stable")
-    ]
+    ranked: dict[Path, Suspect] = {}
+    for index in map(int, np.argsort(-scores, kind="stable")):
+        path, score = images.path(index), float(scores[index])
+        ranked.setdefault(path, Suspect(index, path, score, score / median, heats[index]))
+    return list(ranked.values())
 
 
 def _to_images(features: Tensor, bank: Tensor, squares: Tensor) -> Tensor:

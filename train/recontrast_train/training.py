@@ -177,6 +177,7 @@ def input_spec(recipe: Recipe) -> InputSpec:
         mean=entry.mean,
         std=entry.std,
         roi=recipe.roi,
+        tile_overlap=recipe.tile_overlap,
     )
 
 
