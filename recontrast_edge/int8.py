@@ -12,7 +12,8 @@ The rules, so that builders fuse what lies between the quantised values:
 * One value has one Q/DQ pair, whoever reads it; readers that are not quantised read the value itself.
 * Where the value was concatenated, pooled or reordered, the inputs of that are quantised with the very same scale. That
   changes no number, and the data stays INT8 from one convolution to the next.
-* Never quantised: the convolutions of the image, the heads that make the reconstructions, and all that follows them.
+* Never quantised: the convolutions of the image, the heads that make the reconstructions, and what follows them but for
+  the discriminator's convolutions, of which the last one, which makes its logits, is left out as well.
 """
 
 from __future__ import annotations
@@ -33,8 +34,11 @@ from recontrast_edge.scoring import INPUT_NAME
 TRANSPARENT = ("Concat", "DepthToSpace", "MaxPool")
 """Operators whose inputs share the scale of their output."""
 
-PARTS = ("encoders", "bottleneck", "decoder")
+PARTS = ("encoders", "bottleneck", "decoder", "discriminator")
 """The parts of the network that can be quantised."""
+
+LOGITS = "discriminator/last"
+"""The convolution that ends the discriminator, and what it makes."""
 
 
 def block_of(name: str) -> str:
@@ -48,7 +52,7 @@ def block_of(name: str) -> str:
 
 
 def part_of(block: str) -> str:
-    """One of ``PARTS``, or what else the block is a part of: ``heads``, ``discriminator``."""
+    """One of ``PARTS``, or ``heads``."""
     first = block.split("/", 1)[0]
     return "encoders" if first in ("encoder", "frozen") else first
 
@@ -107,7 +111,9 @@ class Layout:
         self.block_by_convolution: dict[str, str] = {}
         depthwise = set()
         for operation in self._operations:
-            if operation.kind != "Conv" or INPUT_NAME in operation.inputs or part_of(operation.name) not in PARTS:
+            if operation.kind != "Conv" or operation.name == LOGITS:
+                continue
+            if INPUT_NAME in operation.inputs or part_of(operation.name) not in PARTS:
                 continue
             is_depthwise = operation.weight_shape[1] == 1 and operation.weight_shape[0] > 1
             block = operation.name if is_depthwise else block_of(operation.name)

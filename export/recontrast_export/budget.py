@@ -84,10 +84,16 @@ class Budget:
             value = metric.value(proof)
             if value is None:
                 found.append(f"{name} is undefined on these images (leave it out of the budget)")
-            # Written so that NaN is a violation.
-            elif not (value <= limit if metric.relation == "<=" else value >= limit):
+            elif not self.allows(name, value):
                 found.append(f"{name} is {value:.7g}, expected {metric.relation} {limit:g}")
         return found
+
+    def allows(self, name: str, value: float) -> bool:
+        """Whether a value of one of ``METRICS`` is within its limit; NaN is not, and what has no limit always is."""
+        if name not in self.limits:
+            return True
+        limit = self.limits[name]
+        return value <= limit if METRICS[name].relation == "<=" else value >= limit
 
 
 def _number(text: str, part: str, *, percent: bool) -> float:

@@ -4,10 +4,11 @@
 
 ``fp32``: weights that the file stores as float16 become float32 again; nothing else changes.
 
-``fp16``: the network, up to the feature pairs, computes in float16. The image stays float32. In a ``features`` graph
-the pairs are float16 outputs, so that the map kernel reads half the bytes; in a ``map`` graph distances, map and score
-stay float32: squares of features overflow float16, and its rounding there costs more than in the network. Where real
-images bring a value near float16's limit, the nodes that make and read it stay float32, by name.
+``fp16``: the network, up to the feature pairs, and the discriminator's convolutions compute in float16. The image stays
+float32. In a ``features`` graph the pairs are float16 outputs, so that the map kernel reads half the bytes; in a
+``map`` graph distances, map and score stay float32: squares of features overflow float16, and its rounding there costs
+more than in the network. Where real images bring a value near float16's limit, the nodes that make and read it stay
+float32, by name.
 
 ``int8``: convolutions read their input and weights through QuantizeLinear and DequantizeLinear, placed as ``qdq`` says,
 with ranges, as ``ranges`` says, from good images and copies with pasted defects. All else is as with ``fp16``. Which
@@ -30,6 +31,7 @@ from onnx import TensorProto, helper, numpy_helper
 from recontrast_edge.datasets import combined_sha256, file_sha256, find_dataset
 from recontrast_edge.errors import InputError, ModelError, UsageError
 from recontrast_edge.images import read_image
+from recontrast_edge.int8 import LOGITS
 from recontrast_edge.magnitudes import Method
 from recontrast_edge.plan import Precision
 from recontrast_edge.preprocess import Geometry, Image, preprocess
@@ -272,8 +274,11 @@ def in_float16(model: onnx.ModelProto, largest: Mapping[str, float], *, n_images
 
 
 def network_nodes(graph: onnx.GraphProto) -> list[onnx.NodeProto]:
-    """The nodes up to the feature pairs, in the order of the graph."""
-    return _ancestors(graph, feature_names(graph))
+    """The nodes that make the feature pairs, and the discriminator's logits from them, in the order of the graph."""
+    network = _ancestors(graph, feature_names(graph))
+    # Split tells apart the views of what the discriminator reads, which is computed in float32.
+    discriminator = _ancestors(graph, [LOGITS], behind="Split")
+    return [*network, *discriminator]
 
 
 def network_values(model: onnx.ModelProto) -> list[str]:
@@ -343,13 +348,13 @@ def _compute_in_float16(model: onnx.ModelProto, kept: Collection[str]) -> None:
     del graph.value_info[:]
 
 
-def _ancestors(graph: onnx.GraphProto, names: Iterable[str]) -> list[onnx.NodeProto]:
-    """The nodes that the named values depend on, in the order of the graph."""
+def _ancestors(graph: onnx.GraphProto, names: Iterable[str], *, behind: str | None = None) -> list[onnx.NodeProto]:
+    """The nodes that the named values depend on, in the order of the graph; only those behind nodes of one operator."""
     needed = set(names)
     found = []
     # ONNX graphs are sorted: a node comes after those it reads from.
     for node in reversed(graph.node):
-        if needed.intersection(node.output):
+        if needed.intersection(node.output) and node.op_type != behind:
             needed.update(node.input)
             found.append(node)
     return found[::-1]

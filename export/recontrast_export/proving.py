@@ -4,15 +4,18 @@
     enforce(proof, budget)  # GateError if not
 
 ``parity`` asks whether a conversion is numerically right, on any few images; this asks what it costs, on the user's.
+
+Good images are judged first: they give the candidate's threshold, with which each further verdict is final. The others
+follow by how near their reference score is to the threshold, because the nearest change first. So a candidate that
+changes too many verdicts is known for certain long before all images are judged.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -57,14 +60,6 @@ class ValidationImages:
     source: str
     pasted: bool
 
-    def subset(self, count: int) -> ValidationImages:
-        """At most ``count`` of them, spread evenly; half of them good where that is possible."""
-        good = [sample for sample in self.samples if sample.is_good]
-        others = [sample for sample in self.samples if not sample.is_good]
-        n_good = min(len(good), max(count - count // 2, count - len(others)))
-        chosen = spread(good, n_good) + spread(others, count - n_good)
-        return replace(self, samples=tuple(chosen), source=f"{len(chosen)} of {self.source}")
-
 
 def read_validation(path: Path, folder: Path) -> ValidationImages:
     """The test images of a data set, or good images with defects pasted into copies of them.
@@ -98,6 +93,27 @@ def _paste(sample: Sample, index: int, folder: Path) -> Sample:
     return Sample(image_path, "pasted", (mask_path,))
 
 
+@dataclass(frozen=True)
+class GivenUp:
+    """A candidate that goes beyond its budget whatever the images that were not judged would bring.
+
+    Attributes:
+        n_flips: verdicts that changed.
+        n_judged: images, of all.
+    """
+
+    n_flips: int
+    n_judged: int
+
+
+class _OverBudgetError(Exception):
+    """Ends an evaluation."""
+
+    def __init__(self, found: GivenUp) -> None:
+        super().__init__()
+        self.found = found
+
+
 class Prover:
     """Judges candidates against one reference, whose answers are kept.
 
@@ -124,21 +140,28 @@ class Prover:
         threshold = self._spec.threshold
         self._reject_rate = (threshold and threshold.max_false_reject_rate) or DEFAULT_REJECT_RATE
 
-        def keep(index: int, anomaly_map: NDArray[np.float32]) -> None:
-            self._maps[index] = anomaly_map
+        def keep(index: int, result: Inference) -> None:
+            self._maps[index] = result.maps[0]
 
+        self._order = np.arange(len(images.samples))
         self._reference = self._evaluate(reference.infer, keep)
+        self._scores = self._reference.scores.astype(np.float64)
+        self._limit = self._threshold(self._scores)
+        distance = np.abs(self._scores - self._limit)
+        self._clear = distance > CLEAR_MARGIN * abs(self._limit)
+        self._order = np.lexsort((distance, ~self._good))
 
-    def _evaluate(self, scorer: Scorer, see: Callable[[int, NDArray[np.float32]], None]) -> Evaluation:
-        seen = itertools.count()
+    def _evaluate(self, scorer: Scorer, see: Callable[[int, Inference], None]) -> Evaluation:
+        """Judge all images, one at a time; ``see`` is told the index among ``images`` and the result."""
+        order = iter(self._order)
 
         def judge(images: Sequence[Image]) -> Inference:
             result = scorer(images)
-            for anomaly_map in result.maps:
-                see(next(seen), anomaly_map)
+            see(int(next(order)), result)
             return result
 
-        return evaluate(judge, self.images.samples, self._spec, progress=self._progress)
+        samples = [self.images.samples[index] for index in self._order]
+        return evaluate(judge, samples, self._spec, batch_size=1, progress=self._progress)
 
     def prove(self, candidate: Scorer, what: str, budget: Budget) -> Proof:
         """Judge all images and compare; nothing is refused yet.
@@ -151,13 +174,40 @@ class Prover:
         Raises:
             ModelError: a score or map that is not finite.
         """
+        return self._prove(candidate, what, budget, lambda scores: None)
+
+    def attempt(self, candidate: Scorer, what: str, budget: Budget) -> Proof | GivenUp:
+        """The same, as long as the verdicts can be within the budget."""
+
+        def require_chance(scores: NDArray[np.float64]) -> None:
+            judged = np.isfinite(scores)
+            if not judged[self._good].all():
+                return
+            flipped = self._flipped(scores) & judged
+            for name, counted in (("verdict_flips", flipped), ("clear_flips", flipped & self._clear)):
+                if not budget.allows(name, np.count_nonzero(counted) / counted.size):
+                    raise _OverBudgetError(GivenUp(int(np.count_nonzero(flipped)), int(np.count_nonzero(judged))))
+
+        try:
+            return self._prove(candidate, what, budget, require_chance)
+        except _OverBudgetError as over:
+            return over.found
+
+    def _prove(
+        self, candidate: Scorer, what: str, budget: Budget, watch: Callable[[NDArray[np.float64]], None]
+    ) -> Proof:
+        """``watch`` is given the scores after each image, NaN for those to come."""
         maps = MapErrors()
-        found = self._evaluate(candidate, lambda index, anomaly_map: maps.add(self._maps[index], anomaly_map))
-        wanted = self._reference
-        reference, scores = (result.scores.astype(np.float64) for result in (wanted, found))
-        thresholds = self._threshold(reference), self._threshold(scores)
-        flipped = (reference > thresholds[0]) != (scores > thresholds[1])
-        clear = np.abs(reference - thresholds[0]) > CLEAR_MARGIN * abs(thresholds[0])
+        scores = np.full(len(self._good), np.nan)
+
+        def compare(index: int, result: Inference) -> None:
+            maps.add(self._maps[index], result.maps[0])
+            scores[index] = result.scores[0]
+            watch(scores)
+
+        found = self._evaluate(candidate, compare)
+        wanted, reference = self._reference, self._scores
+        flipped = self._flipped(scores)
         flips = [
             Flip(
                 image=f"{sample.kind}/{sample.path.name}",
@@ -182,13 +232,17 @@ class Prover:
             rank_correlation=correlation(_ranks(reference), _ranks(scores)),
             delta_i_auroc=_loss(wanted.overall.i_auroc, found.overall.i_auroc),
             delta_aupro=_loss(wanted.overall.aupro, found.overall.aupro),
-            reference_threshold=thresholds[0],
-            candidate_threshold=thresholds[1],
+            reference_threshold=self._limit,
+            candidate_threshold=self._threshold(scores),
             verdict_flips=_rate(flipped),
-            clear_flips=int(np.count_nonzero(flipped & clear)),
+            clear_flips=int(np.count_nonzero(flipped & self._clear)),
             flipped=tuple(flips[:MAX_FLIPPED]),
             budget=str(budget),
         )
+
+    def _flipped(self, scores: NDArray[np.float64]) -> NDArray[np.bool_]:
+        """Whose verdict changed; a score that is NaN passes."""
+        return (self._scores > self._limit) != (scores > self._threshold(scores))
 
     def _threshold(self, scores: NDArray[np.float64]) -> float:
         """The order statistic of the good scores that leaves the model's promised share of them above it.

@@ -4,10 +4,11 @@
 
 Ranges come from good images and copies with pasted defects. On some of these, the error of the maps' peaks decides how
 ranges are chosen and says what harm each block does on its own; validation images only say whether a graph is good
-enough. The harms give a ladder of graphs from all INT8 to ever less of it. The first rung that keeps the budget on a
-part of the validation images is found by bisection, converted to what builders get (INT8 and float16), and proved on
-all of them. If that fails, the next rung is tried. If none holds, the graph is float16 throughout, and must hold as
-well.
+enough. The harms give a ladder of graphs from all INT8 to ever less of it. From the top, each is converted to what
+builders get (INT8 and float16) and judged on the validation images until it is certain to go beyond the budget; the
+first that keeps it on all of them is written. A part of the images would not do: one verdict of a hundred is twice the
+usual budget already. Nor would bisection: with some less INT8, verdicts change that more of it had left. If no rung
+holds, the graph is float16 throughout, and must hold as well.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ from recontrast_export.precision import (
     read_calibration_images,
     with_float32_weights,
 )
-from recontrast_export.proving import Prover, ValidationImages, enforce, read_validation
+from recontrast_export.proving import GivenUp, Prover, ValidationImages, enforce, read_validation
 from recontrast_export.qdq import Int8Network
 from recontrast_export.ranges import Activation, largest_magnitudes, measure_activations
 from recontrast_export.rewrite import with_pointwise_upsampling
@@ -64,9 +65,6 @@ METHOD_MACS = 0.9
 """How ranges are chosen is decided with at most this share of the first rung's work in INT8: with the most harmful
 blocks in it, their rounding errors hide what clipping costs."""
 
-SEARCH_IMAGES = 100
-"""Images that the search judges verdicts on; the proof is on all."""
-
 Say = Callable[[str], None]
 """Told what was found, a sentence at a time."""
 
@@ -78,14 +76,12 @@ class Trial:
     Attributes:
         rung: what was predicted.
         map_error: as ``sensitivity.Probe.error``.
-        search: proof on the search's part of the images; None where it was not needed.
-        proof: proof on all images, of the graph as it is written; None where the search ended before.
+        outcome: how the graph, as it would be written, was judged; None where the search ended before.
     """
 
     rung: Rung
     map_error: float
-    search: Proof | None = None
-    proof: Proof | None = None
+    outcome: Proof | GivenUp | None = None
 
 
 @dataclass(frozen=True)
@@ -198,6 +194,8 @@ class _Search:
         self._source = with_float32_weights(source)
         self._network = Int8Network(with_pointwise_upsampling(self._source))
         self._blocks = [block for block in self._network.blocks if part_of(block) in parts]
+        if not self._blocks:
+            raise UsageError(f"--parts {','.join(parts)}: the model has no {' or '.join(parts)}")
         self._scales = scales
         self._images = images
         self._budget = budget
@@ -218,26 +216,25 @@ class _Search:
             GateError: nothing keeps the budget.
         """
         self._measure_activations()
-        trials = self._climb()
-        first = self._first_within_budget(trials)
+        trials = self._ladder()
         prover = Prover(self._reference, self._images, progress=self._bars)
-        for index in range(first, len(trials)):
-            rung = trials[index].rung
+        for index, trial in enumerate(trials):
             converted = in_int8(
                 self._network,
-                rung.blocks,
+                trial.rung.blocks,
                 self._activations,
                 self._method,
                 self._largest,
                 n_images=self._n_range_images,
             )
-            proof = self._prove(prover, converted, f"graph with {100 * rung.int8_macs:.0f} % of the work in INT8")
-            trials[index] = replace(trials[index], proof=proof)
-            if not self._budget.violations(proof):
-                return converted, proof, trials
+            outcome = self._attempt(prover, converted, f"Graph with {100 * trial.rung.int8_macs:.1f} % INT8")
+            trials[index] = replace(trial, outcome=outcome)
+            if isinstance(outcome, Proof) and not self._budget.violations(outcome):
+                return converted, outcome, trials
         self._say("No INT8 graph keeps the budget; falling back to FP16.")
         converted = in_float16(self._source, self._largest, n_images=self._n_range_images)
-        proof = self._prove(prover, converted, "FP16 graph")
+        with opened(with_float16_rounding(converted.model), self._folder) as engine:
+            proof = prover.prove(engine.infer, "FP16 graph, ONNX Runtime", self._budget)
         enforce(proof, self._budget)
         return converted, proof, trials
 
@@ -255,8 +252,8 @@ class _Search:
             if name not in self._largest
         }
 
-    def _climb(self) -> list[Trial]:
-        """Choose the method, measure the blocks and then the ladder."""
+    def _ladder(self) -> list[Trial]:
+        """Choose the method, measure the blocks and then the rungs; nothing is judged yet."""
         chosen = spread(range(len(self._scales.paths)), PROBE_PAIRS)
         # Defects of many kinds and strengths, and none that the ranges were taken from.
         defects = range(MAX_CALIBRATION_IMAGES, sys.maxsize, 11)
@@ -279,30 +276,16 @@ class _Search:
             for rung in rungs
         ]
 
-    def _first_within_budget(self, trials: list[Trial]) -> int:
-        """Bisect for the first rung that keeps the budget on a part of the images; ``len(trials)`` where none does."""
-        prover = Prover(self._reference, self._images.subset(SEARCH_IMAGES))
-        low, high = 0, len(trials)
-        while low < high:
-            middle = (low + high) // 2
-            rung = trials[middle].rung
-            model = self._network.quantised(rung.blocks, self._activations, self._method)
-            with opened(model, self._folder) as engine:
-                proof = prover.prove(engine.infer, f"{100 * rung.int8_macs:.0f} % INT8", self._budget)
-            trials[middle] = replace(trials[middle], search=proof)
-            violations = self._budget.violations(proof)
-            outcome = "; ".join(violations) or "keeps the budget"
-            self._say(f"{100 * rung.int8_macs:.1f} % in INT8, {proof.n_good + proof.n_defect} images: {outcome}.")
-            low, high = (middle + 1, high) if violations else (low, middle)
-        return low
-
-    def _prove(self, prover: Prover, converted: Converted, what: str) -> Proof:
-        """Judge all images with the graph as it will be written."""
+    def _attempt(self, prover: Prover, converted: Converted, what: str) -> Proof | GivenUp:
+        """Judge the graph as it would be written."""
         with opened(with_float16_rounding(converted.model), self._folder) as engine:
-            proof = prover.prove(engine.infer, f"{what}, ONNX Runtime", self._budget)
-        outcome = "; ".join(self._budget.violations(proof)) or "keeps the budget"
-        self._say(f"{what}, all {proof.n_good + proof.n_defect} images: {outcome}.")
-        return proof
+            outcome = prover.attempt(engine.infer, f"{what}, ONNX Runtime", self._budget)
+        if isinstance(outcome, GivenUp):
+            found = f"{outcome.n_flips} verdicts changed on {outcome.n_judged} of {len(self._images.samples)} images"
+        else:
+            found = "; ".join(self._budget.violations(outcome)) or "keeps the budget"
+        self._say(f"{what}: {found}.")
+        return outcome
 
 
 def _check(model: Path, out: Path, parts: Collection[str]) -> None:
@@ -338,7 +321,7 @@ def _save(path: Path, model: onnx.ModelProto, spec: ModelSpec, record: Quantisat
 def _points(trials: Sequence[Trial], proof: Proof, budget: Budget) -> list[Point]:
     points = []
     for trial in trials:
-        judged = trial.proof or trial.search
-        kept = None if judged is None else not budget.violations(judged)
-        points.append(Point(trial.rung.int8_macs, max(trial.map_error, 1e-6), kept, trial.proof is proof))
+        outcome = trial.outcome
+        kept = None if outcome is None else isinstance(outcome, Proof) and not budget.violations(outcome)
+        points.append(Point(trial.rung.int8_macs, max(trial.map_error, 1e-6), kept, outcome is proof))
     return points

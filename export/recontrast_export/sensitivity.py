@@ -32,8 +32,8 @@ _PHASE = "Measuring blocks"
 _PEAK_SHARE = 0.01
 """Share of a map's pixels that are its peaks."""
 
-_MAX_RUNGS = 12
-_STEP = 0.7
+_MAX_RUNGS = 20
+_STEP = 0.8
 """Each rung has at most this share of the squared error of the one before."""
 
 

@@ -12,6 +12,7 @@ from recontrast_edge.errors import EXIT_FELL_BACK, MissingError
 
 if TYPE_CHECKING:
     from recontrast_edge.proof import Proof
+    from recontrast_export.proving import GivenUp
     from recontrast_export.quantize import Result
 
 
@@ -38,7 +39,7 @@ def quantize_command(
         "score_shift (in deviations of the good scores), rank_correlation.",
     ),
     parts: str = typer.Option(
-        "encoders,bottleneck,decoder", "--parts", help="Parts of the network that may become INT8."
+        "encoders,bottleneck,decoder,discriminator", "--parts", help="Parts of the network that may become INT8."
     ),
     good: Path | None = typer.Option(
         None,
@@ -95,20 +96,23 @@ def _show(result: Result) -> None:
     for heading in ("INT8", "blocks", "map error", "judged on", "flips", "I-AUROC loss", "AUPRO loss", ""):
         table.add_column(heading, justify="right")
     for trial in result.trials:
-        judged = trial.proof or trial.search
-        mark = "written" if trial.proof is result.record.proof else ""
+        mark = "written" if trial.outcome is result.record.proof else ""
         cells = (f"{100 * trial.rung.int8_macs:.1f} %", str(len(trial.rung.blocks)), f"{100 * trial.map_error:.2f} %")
-        table.add_row(*cells, *_judged(judged), mark)
+        table.add_row(*cells, *_judged(trial.outcome), mark)
     console.print(table)
     show_proof(result.record.proof)
 
 
-def _judged(proof: Proof | None) -> tuple[str, ...]:
-    if proof is None:
+def _judged(outcome: Proof | GivenUp | None) -> tuple[str, ...]:
+    from recontrast_edge.proof import Proof
+
+    if outcome is None:
         return ("-",) * 4
-    losses = (proof.delta_i_auroc, proof.delta_aupro)
-    flips = f"{proof.verdict_flips.count} of {proof.verdict_flips.of}"
-    return (f"{proof.verdict_flips.of} images", flips, *("-" if loss is None else f"{loss:+.4f}" for loss in losses))
+    if not isinstance(outcome, Proof):
+        return (f"{outcome.n_judged} images", str(outcome.n_flips), "-", "-")
+    losses = (outcome.delta_i_auroc, outcome.delta_aupro)
+    flips = outcome.verdict_flips
+    return (f"{flips.of} images", str(flips.count), *("-" if loss is None else f"{loss:+.4f}" for loss in losses))
 
 
 def show_proof(proof: Proof) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from recontrast_edge.images import write_image
-from recontrast_edge.spec import InputSpec, Level, ModelSpec
+from recontrast_edge.spec import InputSpec, Level, ModelSpec, Scoring
 from recontrast_edge.synthetic import SyntheticLine
 
 SIZE_WH = (96, 64)
@@ -19,7 +19,10 @@ SIZE_WH = (96, 64)
 
 @pytest.fixture(scope="session")
 def model_of() -> Callable[[str], Any]:
-    """``model_of(backbone)``: a model in eval mode whose encoders differ and whose batch norms do something."""
+    """``model_of(backbone)``: a model in eval mode whose encoders differ and whose batch norms do something.
+
+    ``model_of("BACKBONE+discriminator")`` has a discriminator as well.
+    """
     torch = pytest.importorskip("torch", reason="needs the train extra")
     from recontrast_train.model import ReContrast
 
@@ -29,7 +32,8 @@ def model_of() -> Callable[[str], Any]:
         if backbone in models:
             return models[backbone]
         torch.manual_seed(0)
-        model = ReContrast(backbone)
+        name, _, discriminator = backbone.partition("+")
+        model = ReContrast(name, discriminator=bool(discriminator))
         for module in model.modules():
             if isinstance(module, torch.nn.BatchNorm2d):
                 torch.nn.init.normal_(module.running_mean, std=0.1)
@@ -38,6 +42,9 @@ def model_of() -> Callable[[str], Any]:
                 torch.nn.init.normal_(module.bias, std=0.1)
         for head in [head for heads in model.heads for head in heads]:
             torch.nn.init.normal_(head.bias, std=0.1)
+        if model.discriminator is not None:
+            torch.nn.init.normal_(model.discriminator.last.weight, std=3.0)
+            torch.nn.init.zeros_(model.discriminator.last.bias)
         models[backbone] = model.eval()
         return models[backbone]
 
@@ -49,9 +56,11 @@ def spec_of() -> Callable[..., ModelSpec]:
     """``spec_of(backbone, channels, **changes)``: a spec with an input of ``SIZE_WH``."""
 
     def get(backbone: str, channels: tuple[int, ...], **changes: Any) -> ModelSpec:
+        name, _, discriminator = backbone.partition("+")
         spec = ModelSpec(
             class_name="test",
-            backbone=backbone,
+            backbone=name,
+            scoring=Scoring(discriminator_weight=5.0 if discriminator else None),
             input=InputSpec(size_wh=SIZE_WH, resize_wh=SIZE_WH, mean=(0.4, 0.5, 0.6), std=(0.2, 0.25, 0.3)),
             levels=tuple(Level(stride=4 << level, channels=count) for level, count in enumerate(channels)),
             weights_sha256="0" * 64,

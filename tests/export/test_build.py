@@ -103,6 +103,7 @@ CONVOLUTIONS = ("CONVOLUTION", "DECONVOLUTION")
     ("backbone", "head", "precisions"),
     [
         ("efficientnet_lite0", "map", ("fp32", "fp16", "int8")),
+        ("efficientnet_lite0+discriminator", "map", ("fp16", "int8")),
         ("efficientnet_lite0", "features", ("fp16", "int8")),
         ("resnet18", "features", ("fp16", "int8")),
     ],
@@ -163,7 +164,9 @@ def check_types(layers: list[dict[str, Any]], precision: str, head: str) -> None
     types = {tensor["name"]: tensor["dtype"] for layer in layers for tensor in layer["outputs"]}
     by_layer: dict[str, Counter[str]] = {}
     for layer in layers:
-        by_layer.setdefault(layer["type"], Counter()).update(tensor["dtype"] for tensor in layer["outputs"])
+        # Computed in float32, from logits of the network's type.
+        if layer["name"] != "discriminator/probability":
+            by_layer.setdefault(layer["type"], Counter()).update(tensor["dtype"] for tensor in layer["outputs"])
     network_type = "FLOAT" if precision == "fp32" else "HALF"
     for kind in (*CONVOLUTIONS, "ACTIVATION", "POOLING"):
         assert set(by_layer.get(kind, {})) <= {network_type}, (kind, by_layer[kind])

@@ -92,7 +92,13 @@ def node_types(model: Any, *operators: str) -> Counter[int]:
 
 
 @pytest.mark.parametrize(
-    ("backbone", "head"), [("efficientnet_lite0", "map"), ("efficientnet_lite0", "features"), ("resnet18", "map")]
+    ("backbone", "head"),
+    [
+        ("efficientnet_lite0", "map"),
+        ("efficientnet_lite0", "features"),
+        ("resnet18", "map"),
+        ("efficientnet_lite0+discriminator", "map"),
+    ],
 )
 @pytest.mark.parametrize("precision", ["fp16", "int8"])
 def test_a_converted_graph_finds_what_the_model_finds(
@@ -116,6 +122,26 @@ def test_fp16_networks_compute_in_float16_and_their_maps_in_float32(converted: A
     types = value_types(model)
     assert {types[name] for name in ("image", "anomaly_map", "anomaly_score")} == {FLOAT}
     assert node_types(model, "Cast")[FLOAT16] == 1
+
+
+@pytest.mark.parametrize("precision", ["fp16", "int8"])
+def test_discriminators_convolve_in_float16_or_int8_what_was_computed_in_float32(
+    precision: str, converted: Any
+) -> None:
+    model = converted("efficientnet_lite0+discriminator", "map", precision)
+    types = value_types(model)
+    convolutions = [
+        node for node in model.graph.node if node.name.startswith("discriminator/") and "Conv" in node.op_type
+    ]
+    assert len(convolutions) == 9
+    assert {types[node.output[0]] for node in convolutions} == {FLOAT16}
+    assert {types[f"distance{level}/summands"] for level in range(3)} == {FLOAT}
+    assert types["discriminator/probability"] == FLOAT
+    producers = {name: node.op_type for node in model.graph.node for name in node.output}
+    rounded = [node.name for node in convolutions if producers[node.input[0]] == "DequantizeLinear"]
+    assert len(rounded) == (8 if precision == "int8" else 0)
+    # It makes the logits, and is next to no work.
+    assert "discriminator/last" not in rounded
 
 
 @pytest.mark.parametrize("precision", ["fp16", "int8"])

@@ -43,7 +43,7 @@ from recontrast_export.budget import METRICS, Budget  # noqa: E402
 from recontrast_export.defects import paste_defect  # noqa: E402
 from recontrast_export.onnx_export import build_onnx  # noqa: E402
 from recontrast_export.plausible import require_good_images  # noqa: E402
-from recontrast_export.proving import Prover, ValidationImages, enforce, read_validation  # noqa: E402
+from recontrast_export.proving import GivenUp, Prover, ValidationImages, enforce, read_validation  # noqa: E402
 from recontrast_export.quantize import Result, quantize  # noqa: E402
 from recontrast_export.sensitivity import ladder  # noqa: E402
 
@@ -335,13 +335,54 @@ def test_validation_needs_good_images(data_folder: Path, tmp_path: Path) -> None
         read_validation(listed, tmp_path)
 
 
-def test_a_subset_keeps_both_kinds(flat_images: ValidationImages) -> None:
-    some = flat_images.subset(16)
-    assert [sample.is_good for sample in some.samples].count(True) == 8
-    assert len(some.samples) == 16
-    more = flat_images.subset(40)
-    assert [sample.is_good for sample in more.samples].count(False) == 10
-    assert len(more.samples) == 40
+class Counting:
+    """Counts the images that it passes on."""
+
+    def __init__(self, infer: Any) -> None:
+        self.n_images = 0
+        self._infer = infer
+
+    def __call__(self, images: Any) -> Inference:
+        self.n_images += len(images)
+        result: Inference = self._infer(images)
+        return result
+
+
+def lose_brightest(maps: Any) -> Any:
+    """The three brightest images become dark."""
+    changed = maps.copy()
+    changed[maps.max(axis=(1, 2)) > 226.5 / 255 + 0.01] -= 0.8
+    return changed
+
+
+def test_a_candidate_is_given_up_when_its_flips_cannot_be_allowed_any_more(
+    flat_images: ValidationImages, spec: Any
+) -> None:
+    """40 good images first, then the 10 bright ones by how near they are to the threshold: the last three change."""
+    prover = Prover(Answers(spec), flat_images)
+    candidate = Counting(Answers(spec, lose_brightest).infer)
+    given_up = prover.attempt(candidate, "broken", Budget.parse("verdict_flips<=2%"))
+    assert given_up == GivenUp(n_flips=2, n_judged=49)
+    assert candidate.n_images == 49
+    assert prover.attempt(candidate, "broken", Budget.parse("clear_flips<=0")) == GivenUp(n_flips=1, n_judged=48)
+
+
+@pytest.mark.parametrize("budget", ["verdict_flips<=6%", "map_correlation>=0.5", "delta_i_auroc<=0"])
+def test_a_candidate_with_a_chance_is_judged_to_the_end(budget: str, flat_images: ValidationImages, spec: Any) -> None:
+    """Only verdicts are final before the end; what is attempted is what is proved."""
+    prover, limits = Prover(Answers(spec), flat_images), Budget.parse(budget)
+    candidate = Answers(spec, lose_brightest).infer
+    proof = prover.attempt(candidate, "broken", limits)
+    assert isinstance(proof, Proof)
+    assert proof.verdict_flips.count == 3
+    assert proof == prover.prove(candidate, "broken", limits)
+
+
+def test_good_images_that_change_count_as_well(flat_images: ValidationImages, spec: Any) -> None:
+    """Reversed, the good images' own threshold rejects none of them, and the bright images pass."""
+    prover = Prover(Answers(spec), flat_images)
+    given_up = prover.attempt(Answers(spec, lambda maps: 1 - maps).infer, "reversed", Budget.parse("verdict_flips<=9%"))
+    assert given_up == GivenUp(n_flips=5, n_judged=45)
 
 
 # --- calibration images that are none --------------------------------------------------------------------------------
@@ -420,7 +461,8 @@ def test_the_first_rung_is_written_where_the_budget_allows_it(
     assert record.conversion.method == min(result.method_errors, key=lambda method: result.method_errors[method])
     assert record.conversion.int8_macs == pytest.approx(result.trials[0].rung.int8_macs)
     assert set(record.conversion.fp16_blocks).isdisjoint(result.trials[0].rung.blocks)
-    assert record.proof == result.trials[0].proof
+    assert record.proof == result.trials[0].outcome
+    assert all(trial.outcome is None for trial in result.trials[1:])
     assert record.proof.budget == str(LOOSE)
     assert record.proof.map_correlation > 0.9
     assert all(rung.blocks[0].startswith("decoder") for rung in (trial.rung for trial in result.trials))
@@ -540,8 +582,9 @@ def test_a_broken_engine_is_caught(model: Path, data_folder: Path, tmp_path: Pat
     [
         ({"out": "a.plan"}, UsageError, "ends in .onnx"),
         ({"out": "model.onnx"}, UsageError, "is the model itself"),
-        ({"parts": ["heads"]}, UsageError, "expected some of encoders, bottleneck, decoder"),
+        ({"parts": ["heads"]}, UsageError, "expected some of encoders, bottleneck, decoder, discriminator"),
         ({"parts": []}, UsageError, "got none"),
+        ({"parts": ["discriminator"]}, UsageError, "has no discriminator"),
         ({"calibration": "nothing"}, InputError, "no such data set"),
         ({"validation": "nothing"}, InputError, "no such data set"),
         ({"good": "other"}, CalibrationError, "not the 12 images of good"),
