@@ -15,7 +15,7 @@ from recontrast_edge.bounded import call_bounded
 from recontrast_edge.camera_plan import CameraPlan
 from recontrast_edge.config import CameraConfig, LineConfig, ProductConfig
 from recontrast_edge.engines import Engine, open_engine
-from recontrast_edge.errors import ModelError
+from recontrast_edge.errors import ModelError, SourceError
 from recontrast_edge.frame import Frame, Sink, Source
 from recontrast_edge.parts import PartMerger
 from recontrast_edge.pipeline import warm_up
@@ -24,7 +24,7 @@ from recontrast_edge.sinks import Opener, sink_opener
 from recontrast_edge.sources import check_source, open_source
 from recontrast_edge.spec import InputSpec
 from recontrast_edge.task import Product
-from recontrast_edge.uri_paths import changed_folder, confine, output_path
+from recontrast_edge.uri_paths import changed_paths, confine, output_path
 from recontrast_edge.verdict import check_threshold, resolve_threshold
 from recontrast_edge.webmerge import open_merger
 
@@ -33,12 +33,10 @@ ENGINE_CLOSE_S = 0.5
 
 
 def check_line(config: LineConfig) -> None:
-    """Check what can be checked while nothing is opened: places, models with their thresholds, outputs' options.
-
-    Cameras are not asked, so their own options are not checked.
+    """Check what can be checked without a camera: places, models with their thresholds, outputs' and sources' options.
 
     Raises:
-        UsageError, InputError, ModelError, MissingError: the line would not start.
+        UsageError, InputError, SourceError, ModelError, MissingError: the line would not start.
     """
     check_places(config)
     output_openers(config)
@@ -48,7 +46,11 @@ def check_line(config: LineConfig) -> None:
             raise ModelError(f"{product.engine}: expected an .onnx or .plan file as engine of product {name}")
         check_threshold(artifact.path, artifact.spec, artifact.details["engine_sha256"], product.threshold)
     for camera in config.cameras.values():
-        check_source(camera.source)
+        try:
+            check_source(camera.source)
+        except SourceError:
+            if not camera.wait_for_source:
+                raise
 
 
 def check_places(config: LineConfig) -> None:
@@ -60,7 +62,7 @@ def check_places(config: LineConfig) -> None:
     for uri in config.outputs:
         confine(f"output {uri!r}", output_path(uri), config.roots)
     for camera in config.cameras.values():
-        confine(f"source {camera.source!r}", changed_folder(camera.source), config.roots)
+        _confine_source(camera.source, config)
     if config.summary is not None:
         confine("summary", Path(config.summary), config.roots)
 
@@ -120,8 +122,13 @@ def _plan(
 
 def _open(uri: str, config: LineConfig) -> Source:
     # Each time, because a link may have changed since.
-    confine(f"source {uri!r}", changed_folder(uri), config.roots)
+    _confine_source(uri, config)
     return open_source(uri)
+
+
+def _confine_source(uri: str, config: LineConfig) -> None:
+    for path in changed_paths(uri):
+        confine(f"source {uri!r}", path, config.roots)
 
 
 def _by_part_id(products: dict[str, ProductConfig]) -> Callable[[Frame], str | None]:

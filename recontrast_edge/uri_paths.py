@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from urllib.parse import quote, unquote
 
@@ -20,6 +20,12 @@ from recontrast_edge.errors import UsageError
 from recontrast_edge.secrets import masked_uri
 
 _SCHEME = re.compile(r"([a-z][a-z0-9+.-]*):")
+
+_GST_TOKEN = re.compile(
+    r"""(?P<key>[A-Za-z][\w-]*)\s*=\s*(?P<value>"(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])*'|(?:\\.|[^\s\\])+)"""
+    r"""|(?P<element>[A-Za-z][\w-]*)|\S"""
+)
+"""As GStreamer's parser sees a pipeline, as far as it matters here."""
 
 _FILE_OUTPUTS = frozenset({"jsonl", "video", "images"})
 _TLS_FILES = ("ca", "cert", "key")
@@ -31,7 +37,7 @@ def anchored_path(text: str, folder: Path) -> str:
 
 
 def anchored_source(uri: str, folder: Path) -> str:
-    """A source's URI with absolute paths; ``gst:`` pipelines stay as they are.
+    """A source's URI with absolute paths.
 
     Raises:
         UsageError: the folder's name cannot stand in a URI.
@@ -40,8 +46,10 @@ def anchored_source(uri: str, folder: Path) -> str:
     if scheme is None:
         return anchored_path(uri, folder)
     rest = uri.removeprefix(f"{scheme}:")
-    if scheme == "gst" or not rest:
+    if not rest:
         return uri
+    if scheme == "gst":
+        return f"{scheme}:{_anchored_pipeline(rest, folder)}"
     if scheme in ("list", "watch"):
         return f"{scheme}:{_joined(rest, folder)}"
     if scheme == "genicam":
@@ -78,6 +86,29 @@ def _joined(rest: str, folder: Path) -> str:
     return anchored_path(rest, folder)
 
 
+def _anchored_pipeline(pipeline: str, folder: Path) -> str:
+    text, end = "", 0
+    for _, path, (start, next_end) in _locations(pipeline):
+        if "://" not in path and not os.path.isabs(path):  # noqa: PTH117 - as above
+            escaped = re.sub(r'(["\\])', r"\\\1", anchored_path(path, folder))
+            text, end = f'{text}{pipeline[end:start]}"{escaped}"', next_end
+    return text + pipeline[end:]
+
+
+def _locations(pipeline: str) -> Iterator[tuple[str, str, tuple[int, int]]]:
+    """What the elements of a GStreamer pipeline read and write: element, path or URL, and where it stands.
+
+    These are the properties that are called ``location`` or end so.
+    """
+    element = ""
+    for token in _GST_TOKEN.finditer(pipeline):
+        element = token["element"] or element
+        if token["key"] and token["key"].split("-")[-1] == "location":
+            value = token["value"]
+            quoted = len(value) > 1 and value[0] == value[-1] and value[0] in "\"'"
+            yield element, re.sub(r"\\(.)", r"\1", value[1:-1] if quoted else value), token.span("value")
+
+
 def _with_anchored_options(uri: str, folder: Path, names: Collection[str]) -> str:
     head, question_mark, query = uri.partition("?")
     items = [_anchored_option(item, folder, names) for item in query.split("&")]
@@ -103,13 +134,19 @@ def output_path(uri: str) -> Path | None:
     return Path(target) if scheme in _FILE_OUTPUTS and target not in ("", "-") else None
 
 
-def changed_folder(uri: str) -> Path | None:
-    """The folder out of which a source moves or deletes files; None for one that only reads."""
-    if _scheme(uri) != "watch":
-        return None
-    name, _, query = uri.removeprefix("watch:").partition("?")
-    keeps = all(item == "after=keep" for item in query.split("&") if item.partition("=")[0] == "after")
-    return None if keeps else Path(name)
+def changed_paths(uri: str) -> list[Path]:
+    """What a source changes: the folder out of which it moves or deletes files, or files that its pipeline writes."""
+    scheme = _scheme(uri)
+    if scheme == "watch":
+        name, _, query = uri.removeprefix("watch:").partition("?")
+        keeps = all(item == "after=keep" for item in query.split("&") if item.partition("=")[0] == "after")
+        return [] if keeps else [Path(name)]
+    if scheme != "gst":
+        return []
+    # Elements that only read are called filesrc, multifilesrc, splitmuxsrc and so on.
+    written = [path for element, path, _ in _locations(uri.removeprefix("gst:")) if not element.endswith("src")]
+    local = [unquote(path.removeprefix("file://")) if path.startswith("file://") else path for path in written]
+    return [Path(path) for path in local if "://" not in path]
 
 
 def confine(what: str, path: Path | None, roots: Sequence[str | Path]) -> None:

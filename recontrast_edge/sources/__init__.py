@@ -27,14 +27,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from urllib.parse import unquote
 
 from recontrast_edge.errors import InputError, UsageError
 from recontrast_edge.frame import Source
 from recontrast_edge.images import IMAGE_SUFFIXES
-from recontrast_edge.secrets import credentials, masked_uri
+from recontrast_edge.secrets import masked_uri
 from recontrast_edge.uri import parse_options
+
+Opener = Callable[[], Source]
+"""Opens a source whose URI was checked; raises SourceError, or UsageError or InputError for what only opening shows."""
 
 
 def open_source(uri: str) -> Source:
@@ -45,46 +49,49 @@ def open_source(uri: str) -> Source:
             ``lines`` its images are blocks of lines, and become tiles of a web (``recontrast_edge.linescan``).
 
     Raises:
-        UsageError: unknown scheme or option, or a value out of range.
+        UsageError: unknown scheme or option, or a value out of range or that the camera does not take.
         InputError: a missing, empty or broken image or folder.
-        SourceError: a video that cannot be opened.
+        SourceError: a camera, stream, video or watched folder that cannot be opened.
+        MissingError: a library that the source needs is not installed.
+    """
+    return source_opener(uri)()
+
+
+def source_opener(uri: str) -> Opener:
+    """Check a source's URI and load what it needs, but touch no camera and change nothing yet.
+
+    Raises:
+        UsageError, InputError, SourceError, MissingError: as ``open_source``, as far as it shows without opening.
     """
     # Looked for before the module is loaded, which most sources can do without.
     if "lines=" in uri and not _exists(Path(uri)):
-        from recontrast_edge.linescan import line_options, open_line_source
+        from recontrast_edge.linescan import line_options, line_source_opener
 
         if line_options(uri) is not None:
-            return open_line_source(uri, _open_frames)
-    return _open_frames(uri)
+            return line_source_opener(uri, _frames_opener)
+    return _frames_opener(uri)
 
 
 def check_source(uri: str) -> None:
-    """Check what can be checked while nothing is opened: scheme, path, options of line scan, credentials.
+    """Check all that can be checked without a camera; images and videos are opened for a moment.
 
     Raises:
-        UsageError, InputError: as ``open_source`` would.
+        UsageError, InputError, SourceError, MissingError: as ``open_source`` would.
     """
+    open_checked = source_opener(uri)
     scheme = _SCHEME.match(uri)
-    if scheme is None or (scheme[1] not in _SCHEMES and _exists(Path(uri))):
-        if not (_VIDEO_DEVICE.match(uri) or _exists(Path(uri)) or _exists(Path(uri.partition("?")[0]))):
-            raise _no_such(uri.partition("?")[0])
-        return
-    if scheme[1] not in _SCHEMES:
-        raise _unknown_scheme(uri, scheme[1])
-    if "lines=" in uri:
-        from recontrast_edge.linescan import line_options
-
-        line_options(uri)
-    credentials(uri)
+    is_path = scheme is None or scheme[1] not in _SCHEMES or _exists(Path(uri))
+    if (is_path and not _VIDEO_DEVICE.match(uri)) or uri.startswith("list:"):
+        open_checked().close()
 
 
-def _open_frames(uri: str) -> Source:
+def _frames_opener(uri: str) -> Opener:
     scheme = _SCHEME.match(uri)
     if scheme and scheme[1] in _SCHEMES:
         return _SCHEMES[scheme[1]](uri)
     if scheme and not _exists(Path(uri)):
         raise _unknown_scheme(uri, scheme[1])
-    return _open_path(uri)
+    return _path(uri)
 
 
 def _unknown_scheme(uri: str, scheme: str) -> UsageError:
@@ -92,10 +99,6 @@ def _unknown_scheme(uri: str, scheme: str) -> UsageError:
     return UsageError(
         f"source {masked_uri(uri)!r}: unknown scheme {scheme!r}; expected an image, folder or video file, or {known}"
     )
-
-
-def _no_such(name: str) -> InputError:
-    return InputError(f"source {name!r}: no such file or folder")
 
 
 def _exists(path: Path) -> bool:
@@ -106,117 +109,123 @@ def _exists(path: Path) -> bool:
         return False
 
 
-def _open_file_uri(uri: str) -> Source:
+def _file_uri(uri: str) -> Opener:
     rest = uri.removeprefix("file:").removeprefix("//localhost")
     text = unquote(rest.removeprefix("//"))
     if not text.startswith("/"):
         raise UsageError(f"source {uri!r}: expected file:///ABSOLUTE/PATH; write a relative path without `file:`")
-    return _open_path(text)
+    return _path(text)
 
 
-def _open_path(text: str) -> Source:
+def _path(text: str) -> Opener:
     if _VIDEO_DEVICE.match(text):
-        return _open_v4l2(text)
+        return _v4l2(text)
     name, query = text, ""
     if not _exists(Path(name)):
         name, _, query = text.partition("?")
     path = Path(name)
     if not name or not _exists(path):
-        raise _no_such(name)
+        raise InputError(f"source {name!r}: no such file or folder")
     if path.is_dir() or path.suffix.lower() in IMAGE_SUFFIXES:
         from recontrast_edge.sources.files import open_images
 
         parse_options(f"source {text!r}", query, ())
-        return open_images(path)
-    from recontrast_edge.sources.video import open_video
+        return partial(open_images, path)
+    from recontrast_edge.sources.video import video_opener
 
-    return open_video(path, query)
+    return video_opener(path, query)
 
 
-def _open_synthetic(uri: str) -> Source:
+def _synthetic(uri: str) -> Opener:
     from recontrast_edge.sources.synthetic import SyntheticSource
 
-    return SyntheticSource(uri)
+    return _made_at_once(SyntheticSource, uri)
 
 
-def _open_synthetic_web(uri: str) -> Source:
+def _synthetic_web(uri: str) -> Opener:
     from recontrast_edge.sources.synthetic import SyntheticWebSource
 
-    return SyntheticWebSource(uri)
+    return _made_at_once(SyntheticWebSource, uri)
 
 
-def _open_list(uri: str) -> Source:
+def _made_at_once(kind: Callable[[str], Source], uri: str) -> Opener:
+    """Of a source that only remembers what it is told, so that making one is all the check there is."""
+    kind(uri)
+    return partial(kind, uri)
+
+
+def _list(uri: str) -> Opener:
     from recontrast_edge.sources.files import open_list
 
-    return open_list(uri)
+    return partial(open_list, uri)
 
 
-def _open_watch(uri: str) -> Source:
-    from recontrast_edge.sources.watch import WatchSource
+def _watch(uri: str) -> Opener:
+    from recontrast_edge.sources.watch import watch_opener
 
-    return WatchSource(uri)
-
-
-def _open_v4l2(uri: str) -> Source:
-    from recontrast_edge.sources.v4l2 import open_camera
-
-    return open_camera(uri)
+    return watch_opener(uri)
 
 
-def _open_csi(uri: str) -> Source:
-    from recontrast_edge.sources.gstreamer import open_csi
+def _v4l2(uri: str) -> Opener:
+    from recontrast_edge.sources.v4l2 import camera_opener
 
-    return open_csi(uri)
-
-
-def _open_gst(uri: str) -> Source:
-    from recontrast_edge.sources.gstreamer import open_pipeline
-
-    return open_pipeline(uri)
+    return camera_opener(uri)
 
 
-def _open_pylon(uri: str) -> Source:
-    from recontrast_edge.sources.pylon import open_pylon
+def _csi(uri: str) -> Opener:
+    from recontrast_edge.sources.gstreamer import csi_opener
 
-    return open_pylon(uri)
-
-
-def _open_gentl(uri: str) -> Source:
-    from recontrast_edge.sources.gentl import open_gentl
-
-    return open_gentl(uri)
+    return csi_opener(uri)
 
 
-def _open_aravis(uri: str) -> Source:
-    from recontrast_edge.sources.aravis import open_aravis
+def _gst(uri: str) -> Opener:
+    from recontrast_edge.sources.gstreamer import pipeline_opener
 
-    return open_aravis(uri)
+    return pipeline_opener(uri)
 
 
-def _open_stream(uri: str) -> Source:
-    from recontrast_edge.sources.rtsp import open_stream
+def _pylon(uri: str) -> Opener:
+    from recontrast_edge.sources.pylon import pylon_opener
 
-    return open_stream(uri)
+    return pylon_opener(uri)
+
+
+def _gentl(uri: str) -> Opener:
+    from recontrast_edge.sources.gentl import gentl_opener
+
+    return gentl_opener(uri)
+
+
+def _aravis(uri: str) -> Opener:
+    from recontrast_edge.sources.aravis import aravis_opener
+
+    return aravis_opener(uri)
+
+
+def _stream(uri: str) -> Opener:
+    from recontrast_edge.sources.rtsp import stream_opener
+
+    return stream_opener(uri)
 
 
 _SCHEME = re.compile(r"([a-z][a-z0-9+.-]*):")
 _VIDEO_DEVICE = re.compile(r"/dev/(video[0-9]+|v4l/by-(id|path)/[^?]+)(\?|$)")
 
-_SCHEMES: dict[str, Callable[[str], Source]] = {
-    "file": _open_file_uri,
-    "synthetic": _open_synthetic,
-    "synthetic-web": _open_synthetic_web,
-    "list": _open_list,
-    "watch": _open_watch,
-    "usb": _open_v4l2,
-    "csi": _open_csi,
-    "gst": _open_gst,
-    "pylon": _open_pylon,
-    "genicam": _open_gentl,
-    "aravis": _open_aravis,
-    "rtsp": _open_stream,
-    "rtsps": _open_stream,
-    "http": _open_stream,
-    "https": _open_stream,
+_SCHEMES: dict[str, Callable[[str], Opener]] = {
+    "file": _file_uri,
+    "synthetic": _synthetic,
+    "synthetic-web": _synthetic_web,
+    "list": _list,
+    "watch": _watch,
+    "usb": _v4l2,
+    "csi": _csi,
+    "gst": _gst,
+    "pylon": _pylon,
+    "genicam": _gentl,
+    "aravis": _aravis,
+    "rtsp": _stream,
+    "rtsps": _stream,
+    "http": _stream,
+    "https": _stream,
 }
-"""What opens a URI of each scheme; it takes the whole URI."""
+"""What checks a URI of each scheme; it takes the whole URI."""

@@ -18,7 +18,7 @@ import numpy as np
 
 from recontrast_edge.errors import MissingError, SourceError, UsageError
 from recontrast_edge.secrets import masked_uri
-from recontrast_edge.sources.genicam import Buffer, Feature, Kind, Refused, Value, open_genicam, parse_camera_uri
+from recontrast_edge.sources.genicam import Buffer, Feature, Kind, Refused, Value, genicam_opener, parse_camera_uri
 from recontrast_edge.sources.threaded import ThreadedSource
 
 INSTALL = (
@@ -32,14 +32,18 @@ _ids: dict[str, str] = {}
 """What a camera was called -> how it was found: a search takes a second, which counts when a camera comes back."""
 
 
-def open_aravis(uri: str) -> ThreadedSource:
-    """Open ``aravis:NAME?OPTIONS``; NAME is an address, a serial number or Aravis' own id, empty for the only camera.
+def aravis_opener(uri: str) -> Callable[[], ThreadedSource]:
+    """Check ``aravis:NAME?OPTIONS`` and return what opens it.
+
+    NAME is an address, a serial number or Aravis' own id, empty for the only camera.
 
     Raises:
-        UsageError, SourceError, MissingError: see ``open_genicam``.
+        UsageError: see ``parse_camera_uri``.
+        MissingError: Aravis is not installed.
     """
     name, options = parse_camera_uri(uri, "aravis")
-    return open_genicam(uri, options, partial(AravisCamera, masked_uri(uri), name))
+    import_aravis()
+    return genicam_opener(uri, options, partial(AravisCamera, masked_uri(uri), name))
 
 
 def import_aravis() -> Any:

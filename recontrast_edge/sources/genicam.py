@@ -598,19 +598,18 @@ def _set_trigger(features: Features, what: str, options: CameraOptions) -> None:
 # Grabbing.
 
 
-def open_genicam(uri: str, options: CameraOptions, connect: Callable[[], Camera]) -> ThreadedSource:
-    """A camera as a source; everything that touches it happens on a thread of its own.
+def genicam_opener(uri: str, options: CameraOptions, connect: Callable[[], Camera]) -> Callable[[], ThreadedSource]:
+    """What opens a camera as a source; everything that touches it happens on a thread of its own.
 
     Args:
         uri: as given.
         connect: finds and opens the camera.
 
-    Raises:
-        UsageError: the camera lacks a feature, or refused a value.
-        SourceError: it is not there, in use by another program, or did not answer in time.
-        MissingError: its library is not installed.
+    It raises UsageError where the camera lacks a feature, or refuses a value, and SourceError where it is not there, in
+    use by another program, or does not answer in time.
     """
-    return ThreadedSource(
+    return partial(
+        ThreadedSource,
         uri,
         partial(_run, masked_uri(uri), options, connect),
         open_timeout_s=OPEN_TIMEOUT_S,

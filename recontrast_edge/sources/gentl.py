@@ -24,7 +24,7 @@ import numpy as np
 
 from recontrast_edge.errors import InputError, MissingError, SourceError, UsageError
 from recontrast_edge.secrets import masked_uri
-from recontrast_edge.sources.genicam import Buffer, Feature, Kind, Refused, Value, open_genicam, parse_camera_uri
+from recontrast_edge.sources.genicam import Buffer, Feature, Kind, Refused, Value, genicam_opener, parse_camera_uri
 from recontrast_edge.sources.threaded import ThreadedSource
 
 POLL_S = 0.002
@@ -36,22 +36,25 @@ LOOK_S = 1e-5
 _PATH_VARIABLE = "GENICAM_GENTL64_PATH"
 
 
-def open_gentl(uri: str) -> ThreadedSource:
-    """Open ``genicam:FILE.cti#ID?OPTIONS``.
+def gentl_opener(uri: str) -> Callable[[], ThreadedSource]:
+    """Check ``genicam:FILE.cti#ID?OPTIONS`` and return what opens it.
 
     FILE is a path, or a file's name in one of the folders of ``GENICAM_GENTL64_PATH``. ID is what the producer calls
     the camera, its serial number or its user-defined name, or empty where there is one camera.
 
     Raises:
-        InputError: no such file, or no producer.
-        UsageError, SourceError, MissingError: see ``open_genicam``.
+        InputError: no such file.
+        UsageError: see ``parse_camera_uri``.
+        MissingError: harvesters is not installed.
     """
     place, options = parse_camera_uri(uri, "genicam")
     file, _, name = place.partition("#")
     what = masked_uri(uri)
     if not file:
         raise UsageError(f"{what}: expected genicam:FILE.cti#ID")
-    return open_genicam(uri, options, partial(GenTLCamera, what, find_producer(file), name))
+    producer = find_producer(file)
+    import_harvesters()
+    return genicam_opener(uri, options, partial(GenTLCamera, what, producer, name))
 
 
 def find_producer(file: str) -> Path:

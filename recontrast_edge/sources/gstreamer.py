@@ -1,6 +1,6 @@
 """Cameras through GStreamer: any pipeline, and the CSI cameras of a Jetson.
 
-    open_pipeline("gst:v4l2src device=/dev/video0 ! video/x-raw,width=1280,height=720").read(timeout_s=1.0)
+    pipeline_opener("gst:v4l2src device=/dev/video0 ! video/x-raw,width=1280,height=720")().read(timeout_s=1.0)
 
 The pipeline's text goes to GStreamer's own parser. At its end comes an appsink that takes BGR, GRAY8 or NV12.
 """
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -32,26 +32,27 @@ CAPS = "video/x-raw,format={BGR,GRAY8,NV12}"
 SINK = "recontrast_sink"
 
 
-def open_pipeline(uri: str) -> ThreadedSource:
-    """Run a GStreamer pipeline.
+def pipeline_opener(uri: str) -> Callable[[], ThreadedSource]:
+    """Check a GStreamer pipeline and return what runs it; that raises SourceError where the pipeline fails.
 
     Args:
         uri: ``gst:`` and a pipeline as ``gst-launch-1.0`` takes it, without a sink. Its last element must be able to
             make BGR, GRAY8 or NV12; ``! videoconvert`` at the end always can.
 
     Raises:
-        UsageError: no such element, or what it makes cannot be taken.
-        SourceError: the pipeline failed.
-        MissingError: GStreamer or its Python bindings are not there.
+        UsageError: GStreamer cannot parse it, or what it makes cannot be taken.
+        MissingError: GStreamer, its Python bindings or an element are not there.
     """
     text = uri.removeprefix("gst:").strip()
     if not text or text.endswith("!"):
         raise UsageError(f"source {masked_uri(uri)!r}: expected gst:PIPELINE, e.g. gst:videotestsrc ! videoconvert")
-    return _open(uri, text, endless=False)
+    return _opener(uri, text, endless=False)
 
 
-def open_csi(uri: str) -> ThreadedSource:
-    """Open a CSI camera of a Jetson, through nvarguscamerasrc.
+def csi_opener(uri: str) -> Callable[[], ThreadedSource]:
+    """Check the URI of a CSI camera of a Jetson and return what opens it, through nvarguscamerasrc.
+
+    That raises SourceError where there is no such camera, or it failed.
 
     Args:
         uri: ``csi:N``, N counting the sensors, with ``size=WxH`` (default 1920x1080), ``fps`` (default 30),
@@ -60,14 +61,13 @@ def open_csi(uri: str) -> ThreadedSource:
 
     Raises:
         UsageError: a bad option.
-        SourceError: no such camera, or it failed.
         MissingError: GStreamer, its Python bindings or NVIDIA's elements are not there.
     """
-    return _open(uri, csi_pipeline(uri), endless=True)
+    return _opener(uri, csi_pipeline(uri), endless=True)
 
 
 def csi_pipeline(uri: str) -> str:
-    """The pipeline of a CSI camera; see ``open_csi``.
+    """The pipeline of a CSI camera; see ``csi_opener``.
 
     The picture leaves NVIDIA's memory as NV12, half the bytes of BGR, which the ISP makes anyway.
     """
@@ -93,10 +93,12 @@ def csi_pipeline(uri: str) -> str:
     )
 
 
-def _open(uri: str, text: str, *, endless: bool) -> ThreadedSource:
+def _opener(uri: str, text: str, *, endless: bool) -> Callable[[], ThreadedSource]:
     gst, video = _bindings()
+    # Elements open nothing as long as nobody changes their state.
+    _parse(gst, uri, text)
     run = partial(_run, gst, video, uri, text, endless)
-    return ThreadedSource(uri, run, open_timeout_s=OPEN_TIMEOUT_S)
+    return partial(ThreadedSource, uri, run, open_timeout_s=OPEN_TIMEOUT_S)
 
 
 def _bindings() -> tuple[Any, Any]:

@@ -16,7 +16,7 @@ import numpy as np
 
 from recontrast_edge.errors import MissingError, SourceError, UsageError
 from recontrast_edge.secrets import masked_uri
-from recontrast_edge.sources.genicam import Buffer, Feature, Kind, Refused, Value, open_genicam, parse_camera_uri
+from recontrast_edge.sources.genicam import Buffer, Feature, Kind, Refused, Value, genicam_opener, parse_camera_uri
 from recontrast_edge.sources.threaded import ThreadedSource
 
 NO_ID = 2**64 - 1
@@ -26,14 +26,18 @@ _closed: dict[str, Any] = {}
 """Full name -> camera that was closed and may be opened again: each new one takes 46 KB that pylon never gives back."""
 
 
-def open_pylon(uri: str) -> ThreadedSource:
-    """Open ``pylon:SERIAL?OPTIONS``; SERIAL may be the camera's user-defined name, or empty where there is one camera.
+def pylon_opener(uri: str) -> Callable[[], ThreadedSource]:
+    """Check ``pylon:SERIAL?OPTIONS`` and return what opens it.
+
+    SERIAL may be the camera's user-defined name, or empty where there is one camera.
 
     Raises:
-        UsageError, SourceError, MissingError: see ``open_genicam``.
+        UsageError: see ``parse_camera_uri``.
+        MissingError: pylon is not installed.
     """
     name, options = parse_camera_uri(uri, "pylon")
-    return open_genicam(uri, options, partial(PylonCamera, masked_uri(uri), name))
+    import_pylon()
+    return genicam_opener(uri, options, partial(PylonCamera, masked_uri(uri), name))
 
 
 def import_pylon() -> Any:

@@ -1,6 +1,6 @@
 """Network streams through PyAV: RTSP, and MJPEG over HTTP.
 
-    open_stream("rtsp://admin@camera.local/stream1?credentials=env:CAMERA_LOGIN").read(timeout_s=1.0)
+    stream_opener("rtsp://admin@camera.local/stream1?credentials=env:CAMERA_LOGIN")().read(timeout_s=1.0)
 
 The stream is read and decoded without pause on a thread of its own, so that whoever reads gets the newest picture and
 not the end of a queue. Where decoding cannot keep up, pictures are skipped up to the next key frame, and counted.
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import difflib
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,8 +40,11 @@ NO_WAIT_S = 0.0005
 """A packet that takes longer to come than this was not there yet."""
 
 
-def open_stream(uri: str) -> ThreadedSource:
-    """Open a network stream.
+def stream_opener(uri: str) -> Callable[[], ThreadedSource]:
+    """Check the URI of a network stream and return what opens it.
+
+    That raises UsageError where the camera refuses the user or the password, and SourceError where there is no camera,
+    no such stream, or no video in it.
 
     Args:
         uri: ``rtsp``, ``rtsps``, ``http`` or ``https``, with these options among the camera's own:
@@ -48,9 +52,8 @@ def open_stream(uri: str) -> ThreadedSource:
             1.5), ``open_timeout_s`` (default 3), ``ca_file=PATH`` and ``tls_verify=0`` (rtsps, https), ``credentials``.
 
     Raises:
-        UsageError: a bad option, or the camera refuses the user or the password.
+        UsageError: a bad option.
         InputError: the credentials' file cannot be read.
-        SourceError: no camera there, no such stream, or no video in it.
     """
     shown = masked_uri(uri)
     what = f"source {shown!r}"
@@ -67,7 +70,7 @@ def open_stream(uri: str) -> ThreadedSource:
     av_options = _av_options(what, scheme, options)
     run = partial(_run, shown, address, av_options, open_timeout_s, read_timeout_s)
     # FFmpeg bounds connecting, and then what it reads to learn about the stream; a resolver's wait it does not.
-    return ThreadedSource(uri, run, open_timeout_s=2 * open_timeout_s + 0.5)
+    return partial(ThreadedSource, uri, run, open_timeout_s=2 * open_timeout_s + 0.5)
 
 
 def _split_options(what: str, bare: str, uri: str) -> tuple[str, dict[str, str]]:

@@ -1,6 +1,6 @@
 """USB and other V4L2 cameras, through OpenCV.
 
-    open_camera("usb:0?size=1920x1080&fps=30&pixel_format=MJPG").read(timeout_s=1.0)
+    camera_opener("usb:0?size=1920x1080&fps=30&pixel_format=MJPG")().read(timeout_s=1.0)
 
 What was asked for is read back: where a camera does something else, the error says what it offers.
 """
@@ -60,8 +60,11 @@ class _Settings:
     gain: int | None
 
 
-def open_camera(uri: str) -> ThreadedSource:
-    """Open a V4L2 camera.
+def camera_opener(uri: str) -> Callable[[], ThreadedSource]:
+    """Check the URI of a V4L2 camera and return what opens it.
+
+    That raises UsageError where the camera does not offer what was asked for, or is none, and SourceError where it is
+    not there, in use by another program, or may not be read.
 
     Args:
         uri: ``usb:N`` for ``/dev/videoN``, or the device's path; ``/dev/v4l/by-id/...`` stays the same camera whatever
@@ -69,8 +72,7 @@ def open_camera(uri: str) -> ThreadedSource:
             BGR3), ``exposure_us`` (turns the automatic off), ``gain`` (in the camera's units).
 
     Raises:
-        UsageError: a bad option, one that the camera does not offer, or no camera at all.
-        SourceError: it is not there, in use by another program, or may not be read.
+        UsageError: a bad option.
     """
     what = f"source {uri!r}"
     place, _, query = uri.partition("?")
@@ -80,7 +82,7 @@ def open_camera(uri: str) -> ThreadedSource:
         raise UsageError(f"{what}: expected usb:NUMBER, e.g. usb:0 for /dev/video0")
     device = Path(f"/dev/video{number[1]}" if number else place)
     settings = _settings(what, options)
-    return ThreadedSource(uri, partial(_run, uri, device, settings), open_timeout_s=OPEN_TIMEOUT_S)
+    return partial(ThreadedSource, uri, partial(_run, uri, device, settings), open_timeout_s=OPEN_TIMEOUT_S)
 
 
 def _settings(what: str, options: dict[str, str]) -> _Settings:

@@ -1,6 +1,6 @@
 """Video files as frames, through PyAV: as fast as they are read, or at their own pace as a camera would.
 
-frame = open_video(Path("belt.mp4"), "pace=realtime&loop=forever").read(timeout_s=1.0)
+frame = video_opener(Path("belt.mp4"), "pace=realtime&loop=forever")().read(timeout_s=1.0)
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import dataclasses
 import re
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,8 +28,10 @@ SLACK_FRAMES = 1.5
 """Frame periods by which a video may end before the time its container promised: times are rounded."""
 
 
-def open_video(path: Path, query: str) -> Source:
-    """Open a video file.
+def video_opener(path: Path, query: str) -> Callable[[], Source]:
+    """Check the options of a video file and return what opens it.
+
+    That raises SourceError where it is no video, has no video stream, or is damaged at its head.
 
     Args:
         path: the file.
@@ -38,7 +40,6 @@ def open_video(path: Path, query: str) -> Source:
 
     Raises:
         UsageError: a bad option.
-        SourceError: not a video, no video stream in it, or damaged at its head.
     """
     what = f"source {f'{path}?{query}'!r}"
     options = parse_options(what, query, ("pace", "loop"))
@@ -48,8 +49,13 @@ def open_video(path: Path, query: str) -> Source:
         )
     loop = options.get("loop", "1")
     times = None if loop == "forever" else whole_option(what, "loop", loop, low=1, high=10**9)
-    source: Source = VideoSource(path) if times == 1 else LoopedVideo(path, times)
-    return PacedSource(source) if "pace" in options else source
+    paced = "pace" in options
+
+    def open_video() -> Source:
+        source: Source = VideoSource(path) if times == 1 else LoopedVideo(path, times)
+        return PacedSource(source) if paced else source
+
+    return open_video
 
 
 class VideoSource:

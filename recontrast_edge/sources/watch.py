@@ -16,7 +16,9 @@ import re
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -50,6 +52,67 @@ class _Candidate:
     """As it is now."""
 
 
+@dataclass(frozen=True)
+class _Options:
+    """What a ``watch:`` URI asks for; see ``WatchSource``."""
+
+    folder: Path
+    existing: bool
+    pattern: str
+    settle_s: float
+    delete: bool
+    target: Path | None
+    """Where to move what was read; under ``folder``."""
+    part_id: re.Pattern[str] | None
+
+    @classmethod
+    def parse(cls, uri: str) -> _Options:
+        what = f"source {uri!r}"
+        name, _, query = uri.removeprefix("watch:").partition("?")
+        options = parse_options(what, query, ("existing", "pattern", "settle_s", "after", "part_id"))
+        if not name:
+            raise UsageError(f"{what}: expected watch:FOLDER")
+        existing, after = options.get("existing", "skip"), unquote(options.get("after", "keep"))
+        if existing not in ("skip", "first"):
+            raise UsageError(f"{what}: existing must be skip or first, got {existing!r}")
+        folder, target = Path(name), None
+        if after.startswith("move:") and after != "move:":
+            target = (folder / after.removeprefix("move:")).resolve()
+            if target == folder.resolve() or not target.is_relative_to(folder.resolve()):
+                raise UsageError(f"{what}: after=move: expected a subfolder of {folder}, got {after[5:]!r}")
+        elif after not in ("keep", "delete"):
+            raise UsageError(f"{what}: after must be keep, delete or move:SUBFOLDER, got {after!r}")
+        return cls(
+            folder,
+            existing == "first",
+            unquote(options.get("pattern", "*")),
+            number_option(what, "settle_s", options.get("settle_s", "0.2"), low=0.0, high=3600.0),
+            after == "delete",
+            target,
+            _regex(what, unquote(options["part_id"])) if "part_id" in options else None,
+        )
+
+    def check_folders(self) -> None:
+        """Whether the folder is there, and what is in it may be put away.
+
+        Raises:
+            InputError, SourceError: see ``WatchSource``.
+        """
+        _identity(self.folder)
+        if self.target is None and not self.delete:
+            return
+        for folder in filter(None, (self.folder, self.target)):
+            if folder.exists() and not os.access(folder, os.W_OK | os.X_OK, effective_ids=True):
+                after = "delete" if self.target is None else "move"
+                raise InputError(f"{folder}: may not be written to, so after={after} cannot be done")
+
+
+def watch_opener(uri: str) -> Callable[[], WatchSource]:
+    """Check a ``watch:`` URI and its folder, changing nothing, and return what opens it; raises as ``WatchSource``."""
+    _Options.parse(uri).check_folders()
+    return partial(WatchSource, uri)
+
+
 class WatchSource:
     """The images that appear in a folder, in the order in which they are completed; subfolders are not looked at.
 
@@ -74,22 +137,17 @@ class WatchSource:
     reopens = True
 
     def __init__(self, uri: str) -> None:
-        what = f"source {uri!r}"
-        name, _, query = uri.removeprefix("watch:").partition("?")
-        options = parse_options(what, query, ("existing", "pattern", "settle_s", "after", "part_id"))
-        if not name:
-            raise UsageError(f"{what}: expected watch:FOLDER")
-        existing = options.get("existing", "skip")
-        if existing not in ("skip", "first"):
-            raise UsageError(f"{what}: existing must be skip or first, got {existing!r}")
         self.uri = uri
         self.counters = {"left": 0}
-        self._folder = Path(name)
-        self._pattern = unquote(options.get("pattern", "*"))
-        self._settle_s = number_option(what, "settle_s", options.get("settle_s", "0.2"), low=0.0, high=3600.0)
-        self._part_id = _regex(what, unquote(options["part_id"])) if "part_id" in options else None
+        self._options = options = _Options.parse(uri)
+        self._folder = options.folder
         self._identity = _identity(self._folder)
-        self._delete, self._target = self._aftermath(what, unquote(options.get("after", "keep")))
+        if options.target is not None:
+            try:
+                options.target.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise InputError(f"{options.target}: cannot be made ({error.strerror or error})") from None
+        options.check_folders()
         self._closed = threading.Event()
         self._next_id = 0
         self._seen: dict[str, tuple[int, tuple[int, int]]] = {}
@@ -99,28 +157,9 @@ class WatchSource:
         self._listed_ns: int | None = None
         self._changed_s = self._relist_s = -math.inf
         """When the folder's list of files was last seen to change, and when to list it again without a change."""
-        if existing == "skip":
+        if not options.existing:
             self._list()
             self._candidates.clear()
-
-    def _aftermath(self, what: str, after: str) -> tuple[bool, Path | None]:
-        """Whether to delete what was read, and where to move it."""
-        if after in ("keep", "delete"):
-            target = None
-        elif after.startswith("move:") and after != "move:":
-            folder, target = self._folder.resolve(), (self._folder / after.removeprefix("move:")).resolve()
-            if target == folder or not target.is_relative_to(folder):
-                raise UsageError(f"{what}: after=move: expected a subfolder of {self._folder}, got {after[5:]!r}")
-            try:
-                target.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise InputError(f"{target}: cannot be made ({error.strerror or error})") from None
-        else:
-            raise UsageError(f"{what}: after must be keep, delete or move:SUBFOLDER, got {after!r}")
-        for folder in [] if after == "keep" else filter(None, (self._folder, target)):
-            if not os.access(folder, os.W_OK | os.X_OK, effective_ids=True):
-                raise InputError(f"{folder}: may not be written to, so after={after} cannot be done")
-        return after == "delete", target
 
     def read(self, timeout_s: float) -> Frame | None:
         """See ``Source.read``."""
@@ -195,7 +234,7 @@ class WatchSource:
         return (
             Path(entry.name).suffix.lower() in IMAGE_SUFFIXES
             and not entry.name.startswith(".")
-            and fnmatch.fnmatchcase(entry.name, self._pattern)
+            and fnmatch.fnmatchcase(entry.name, self._options.pattern)
             # A link could lead anywhere, and reading a pipe would never end.
             and entry.is_file(follow_symlinks=False)
         )
@@ -206,8 +245,8 @@ class WatchSource:
         complete: list[tuple[_Candidate, bool]] = []
         for candidate in self._candidates.values():
             unchanged_s = now_s - candidate.changed_s
-            broken = unchanged_s >= max(GIVE_UP_S, self._settle_s)
-            if unchanged_s >= self._settle_s and (broken or not candidate.undecodable):
+            broken = unchanged_s >= max(GIVE_UP_S, self._options.settle_s)
+            if unchanged_s >= self._options.settle_s and (broken or not candidate.undecodable):
                 complete.append((candidate, broken))
         complete.sort(key=lambda item: (item[0].stamp[1], natural_key(item[0].path.name)))
         for candidate, _ in complete:
@@ -240,16 +279,16 @@ class WatchSource:
         )
 
     def _part_id_of(self, name: str) -> str | None:
-        found = self._part_id.search(name) if self._part_id else None
+        found = self._options.part_id.search(name) if self._options.part_id else None
         return None if found is None else found[1 if found.re.groups else 0]
 
     def _put_away(self, path: Path) -> None:
         """What ``after`` says. A file that cannot be put away is counted and left where it is: judging goes on."""
         try:
-            if self._delete:
+            if self._options.delete:
                 path.unlink()
-            elif self._target is not None:
-                _move(path, self._target)
+            elif self._options.target is not None:
+                _move(path, self._options.target)
         except OSError:
             self.counters["left"] += 1
 

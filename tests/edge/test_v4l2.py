@@ -225,7 +225,7 @@ class TestFake:
         device = tmp_path / "video0"
         device.touch()
         camera.silent = True
-        with closing(v4l2.open_camera(str(device))) as source:
+        with closing(v4l2.camera_opener(str(device))()) as source:
             assert source.read(0.3) is None
             device.unlink()
             with pytest.raises(SourceError, match="unplugged"):
@@ -283,7 +283,7 @@ class TestDevices:
     @pytest.mark.parametrize("device", ["/dev/null", "/dev/zero"])
     def test_not_a_camera(self, device: str) -> None:
         with pytest.raises(UsageError, match="not a camera"):
-            v4l2.open_camera(device)
+            v4l2.camera_opener(device)()
 
     def test_no_permission(self, tmp_path: Path) -> None:
         device = tmp_path / "video0"
@@ -293,7 +293,7 @@ class TestDevices:
             os.seteuid(65534)
         try:
             with pytest.raises(SourceError, match="group `video`"):
-                v4l2.open_camera(str(device))
+                v4l2.camera_opener(str(device))()
         finally:
             os.seteuid(user)
 
@@ -346,7 +346,7 @@ class TestKernelAnswers:
         answer = bytes(84) + struct.pack("<II", 0x84A00001, 0x04A00000) + bytes(12)
         monkeypatch.setattr("fcntl.ioctl", lambda *_: answer)
         with pytest.raises(UsageError, match="try the next one"):
-            v4l2.open_camera(str(device))
+            v4l2.camera_opener(str(device))()
 
     def test_the_range_of_a_control(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         device = tmp_path / "video0"
