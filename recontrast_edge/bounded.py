@@ -64,6 +64,14 @@ def call_bounded(function: Callable[[], object], *, timeout_s: float, name: str)
     return join(thread, time.monotonic() + timeout_s)
 
 
+def as_exception(error: BaseException) -> Exception:
+    """What ended a thread, as another one can raise it.
+
+    Libraries also end a thread with what is no ``Exception``: SystemExit, or the panic of one that is written in Rust.
+    """
+    return error if isinstance(error, Exception) else RuntimeError(f"{type(error).__name__}: {error}")
+
+
 def left_behind() -> list[str]:
     """Names of the threads that were left behind and still have not returned."""
     return [thread.name for thread in _left if thread.is_alive()]

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Sequence
 
+from recontrast_edge.bounded import as_exception
 from recontrast_edge.engines import Inference
 from recontrast_edge.errors import InputError, ModelError, StallError
 from recontrast_edge.frame import Judgement
@@ -101,8 +102,8 @@ class JudgeThread:
                     with self._lock:
                         self._tasks = list(tasks)
                     self._judge(tasks)
-        except Exception as error:
-            self.error = error
+        except BaseException as error:
+            self.error = as_exception(error)
             with self._lock:
                 tasks, self._tasks = self._tasks, []
             for task in tasks:

@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-from recontrast_edge.bounded import join
+from recontrast_edge.bounded import as_exception, join
 from recontrast_edge.errors import OutputError
 from recontrast_edge.frame import Judgement, Sink, StateChange
 from recontrast_edge.secrets import mask
@@ -128,8 +128,8 @@ class SinkThread:
                     else:
                         self._sink.write(item)
                     written = True
-                except Exception as error:
-                    self._fail(error)
+                except BaseException as error:
+                    self._fail(as_exception(error))
             with self._changed:
                 # Not busy any more: it was given up meanwhile, and counted.
                 if self._busy and isinstance(item, Judgement):
@@ -138,8 +138,8 @@ class SinkThread:
                     self._busy = False
         try:
             self._sink.close()
-        except Exception as error:
-            self._fail(error)
+        except BaseException as error:
+            self._fail(as_exception(error))
 
     def _fail(self, error: Exception) -> None:
         if self.error is None:

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from recontrast_edge.bounded import join, leave, wait_until
+from recontrast_edge.bounded import as_exception, join, leave, wait_until
 from recontrast_edge.camera_plan import CameraPlan, Mode
 from recontrast_edge.errors import SourceError
 from recontrast_edge.frame import EndOfStream, Frame, Judgement, Source, SourceState, StateChange
@@ -258,8 +258,8 @@ class Camera:
                     wait_until(lambda: not self._is_current(generation), time.monotonic() + pause_s)
         except EndOfStream:
             self._end(None, generation)
-        except Exception as error:
-            self._end(error, generation)
+        except BaseException as error:
+            self._end(as_exception(error), generation)
         else:
             self._end(None, generation)
 

@@ -6,6 +6,7 @@ until a command runs.
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import sys
@@ -13,7 +14,7 @@ import threading
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 import typer
 from typer.core import TyperGroup
@@ -88,6 +89,7 @@ def main() -> None:
     from recontrast_edge.secrets import mask, mask_logs, register_uri
 
     mask_logs()
+    sys.stdout, sys.stderr = _whose_reader_may_leave(sys.stdout), _whose_reader_may_leave(sys.stderr)
     for argument in sys.argv[1:]:
         register_uri(argument)
     threading.excepthook = _thread_failed
@@ -108,6 +110,31 @@ def main() -> None:
         _exit(RecontrastError.exit_code)
 
 
+class _UntilReaderLeaves(io.FileIO):
+    """Whoever reads what is shown may leave (`| head`): the rest goes nowhere, and the command does its work."""
+
+    def write(self, data: Any, /) -> int:
+        try:
+            return super().write(data)
+        except BrokenPipeError:
+            with open(os.devnull, "wb") as nowhere:  # noqa: PTH123 - pathlib is not needed for more
+                os.dup2(nowhere.fileno(), self.fileno())
+            return memoryview(data).nbytes
+
+
+def _whose_reader_may_leave(stream: TextIO) -> TextIO:
+    """The same stream; one that is not the process' own, or is closed, stays as it is."""
+    if stream is None or stream not in (sys.__stdout__, sys.__stderr__) or not isinstance(stream, io.TextIOWrapper):
+        return stream
+    return io.TextIOWrapper(
+        io.BufferedWriter(_UntilReaderLeaves(stream.fileno(), "w", closefd=False)),
+        encoding=stream.encoding,
+        errors=stream.errors,
+        line_buffering=stream.line_buffering,
+        write_through=stream.write_through,
+    )
+
+
 def _thread_failed(failed: threading.ExceptHookArgs) -> None:
     """As Python tells of it, of a library's thread for example, without passwords."""
     from recontrast_edge.secrets import mask
@@ -120,7 +147,9 @@ def _exit(code: str | int | None) -> NoReturn:
     """End, even where a driver hangs on a thread that was left behind: libraries' exit handlers could wait for it."""
     bounded = sys.modules.get("recontrast_edge.bounded")
     if bounded is not None and bounded.left_behind():
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in (sys.stdout, sys.stderr):
+            # None where the process was started without one.
+            if stream is not None:
+                stream.flush()
         os._exit(code if isinstance(code, int) else int(code is not None))
     sys.exit(code)

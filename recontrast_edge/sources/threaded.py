@@ -261,7 +261,8 @@ def _drive(uri: str, run: Callable[[Slot], None], slot: Slot) -> None:
         run(slot)
     except RecontrastError as error:
         failure = type(error)(mask(str(error)))
-    except Exception as error:
+    except BaseException as error:
+        # Nobody else would tell the reader that nothing comes any more.
         failure = SourceError(f"{uri}: the driver failed ({type(error).__name__}: {mask(str(error))})")
     # Outside of the handlers, so that it drags along neither their tracebacks nor a message with a password.
     slot.end(failure)
