@@ -130,10 +130,6 @@ class GraphBinding(Protocol):
 
     def instantiate(self, graph: Handle) -> Handle: ...
 
-    def update(self, executable: Handle, graph: Handle) -> bool:
-        """Put the graph's parameters into the executable; False where their nodes differ."""
-        ...
-
     def launch_graph(self, executable: Handle, stream: Handle) -> None: ...
 
     def destroy_graph(self, graph: Handle) -> None: ...
@@ -326,19 +322,10 @@ class Capture:
         self._binding = binding
         self._captured: Handle = None
 
-    def graph(self, previous: Graph | None = None) -> Graph:
-        """The executable graph; may be called once.
-
-        Args:
-            previous: an earlier capture of the same work with other numbers, not running. It is updated in place where
-                its nodes are the same, which costs a fraction of making a new one, and closed where not.
-        """
+    def graph(self) -> Graph:
+        """The executable graph; may be called once."""
         captured, self._captured = self._captured, None
         try:
-            if previous is not None:
-                if self._binding.update(previous._executable, captured):
-                    return previous
-                previous.close()
             return Graph(self._device, self._binding, captured)
         finally:
             self._binding.destroy_graph(captured)

@@ -3,14 +3,13 @@
     image = compiled_kernels((8, 7))  # a cubin for sm_87
 
 NVRTC compiles (it comes with the CUDA toolkit and as the package nvidia-cuda-nvrtc), or nvcc where there is no NVRTC.
-Images are kept in ``$XDG_CACHE_HOME/recontrast-edge/kernels`` (``~/.cache`` by default), named after the digest of the
-sources, architecture and compiler, so that nothing stale is ever taken.
+Images are kept in the user's cache (see ``user_cache``), named after the digest of the sources, architecture and
+compiler, so that nothing stale is ever taken.
 """
 
 from __future__ import annotations
 
 import hashlib
-import logging
 import os
 import re
 import shutil
@@ -20,13 +19,11 @@ from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any, Protocol
 
-from recontrast_edge.errors import MissingError, ModelError, OutputError
-from recontrast_edge.images import atomic_write
+from recontrast_edge.errors import MissingError, ModelError
 from recontrast_edge.kernels import SOURCE
+from recontrast_edge.user_cache import read_cached, write_cached
 
-_log = logging.getLogger(__name__)
-
-_CUBIN_MAGIC = b"\x7fELF"
+CACHE_KIND = "kernels"
 
 
 class Compiler(Protocol):
@@ -150,13 +147,6 @@ def find_compiler() -> Compiler:
             ) from None
 
 
-def cache_folder() -> Path:
-    """Where compiled kernels are kept."""
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    # The XDG rule: a relative path is to be ignored.
-    return (Path(base) if Path(base).is_absolute() else Path.home() / ".cache") / "recontrast-edge" / "kernels"
-
-
 def compiled_kernels(compute_capability: tuple[int, int]) -> bytes:
     """The kernels for a GPU, from the cache or compiled now.
 
@@ -172,18 +162,9 @@ def compiled_kernels(compute_capability: tuple[int, int]) -> bytes:
             content = path.read_bytes()
             digest.update(f"\0{path.name}\0{len(content)}\0".encode())
             digest.update(content)
-        cached = cache_folder() / f"{architecture}-{digest.hexdigest()[:32]}.cubin"
-        try:
-            image = cached.read_bytes()
-            # Files are renamed into place when complete; this guards against what a crashed disk leaves.
-            if image.startswith(_CUBIN_MAGIC):
-                return image
-        except OSError:
-            pass
-        image = compiler.compile(source, architecture)
-    try:
-        with atomic_write(cached) as file:
-            file.write(image)
-    except OutputError as error:
-        _log.warning("compiled kernels cannot be kept, they are compiled again next time: %s", error)
+        name = f"{architecture}-{digest.hexdigest()[:32]}.cubin"
+        image = read_cached(CACHE_KIND, name)
+        if image is None:
+            image = compiler.compile(source, architecture)
+            write_cached(CACHE_KIND, name, image)
     return image

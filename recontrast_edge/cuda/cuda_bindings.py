@@ -187,14 +187,6 @@ class CudaBindings:
     def instantiate(self, graph: Handle) -> Handle:
         return self._call("cuGraphInstantiate", graph, 0)
 
-    def update(self, executable: Handle, graph: Handle) -> bool:
-        code, _ = self._driver.cuGraphExecUpdate(executable, graph)
-        if code == self._driver.CUresult.CUDA_ERROR_GRAPH_EXEC_UPDATE_FAILURE:
-            return False
-        if code != self._driver.CUresult.CUDA_SUCCESS:
-            raise CudaError("cuGraphExecUpdate", code.name, self._text(code))
-        return True
-
     def launch_graph(self, executable: Handle, stream: Handle) -> None:
         self._call("cuGraphLaunch", executable, stream)
 

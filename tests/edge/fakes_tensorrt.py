@@ -2,8 +2,9 @@
 
     library = FakeTensorRt(driver, features_network(spec)); monkeypatch.setitem(sys.modules, "tensorrt", library)
 
-It queues its work on the streams of a ``FakeDriver``, within captures too, and insists on what TensorRT demands: shapes
-and addresses set before the first enqueue, contexts gone before their engine.
+It queues its work on the streams of a ``FakeDriver``, within captures too, and insists on what TensorRT demands:
+shapes, addresses and scratch memory set before the first enqueue, and a context left as it was while a graph that was
+captured from it is launched; scratch memory used by one stream alone; contexts gone before their engine.
 """
 
 from __future__ import annotations
@@ -92,6 +93,7 @@ class FakeTensorRt(ModuleType):
         fail: names of calls that report failure the way TensorRT does: False or None.
         capturable: whether work may be captured; if not, the enqueue reports failure as TensorRT does.
         contexts_alive: execution contexts that were not destroyed yet.
+        scratch_bytes: what a context computes in.
     """
 
     __version__ = "10.3.0"
@@ -99,12 +101,13 @@ class FakeTensorRt(ModuleType):
     TensorIOMode = SimpleNamespace(INPUT="INPUT", OUTPUT="OUTPUT")
     DataType = SimpleNamespace(FLOAT="FLOAT", HALF="HALF", BF16="BF16")
     TensorFormat = SimpleNamespace(LINEAR="LINEAR", HWC8="HWC8")
+    ExecutionContextAllocationStrategy = SimpleNamespace(STATIC="STATIC", USER_MANAGED="USER_MANAGED")
 
     class ILogger:
         ERROR, INTERNAL_ERROR, WARNING, INFO = "ERROR", "INTERNAL_ERROR", "WARNING", "INFO"
 
     def __init__(
-        self, driver: FakeDriver, network: Network, image_chw: tuple[int, int, int], *, batch: tuple[int, int] = (1, 4)
+        self, driver: FakeDriver, network: Network, image_chw: tuple[int, int, int], *, batch: tuple[int, int] = (1, 2)
     ) -> None:
         super().__init__("tensorrt")
         self.driver = driver
@@ -115,6 +118,8 @@ class FakeTensorRt(ModuleType):
         self.fail: set[str] = set()
         self.capturable = True
         self.contexts_alive = 0
+        self.scratch_bytes = 1000
+        self.engine_class: type[FakeEngine] = FakeEngine
         self.input_dtype: Any = np.float32
         self.tensor_format = "LINEAR"
         self.outputs = self.network(np.zeros((1, *image_chw)))
@@ -129,7 +134,7 @@ class FakeTensorRt(ModuleType):
             if "deserialize_cuda_engine" in self.fail:
                 logger.log(self.ILogger.ERROR, "the version tag does not match")
                 return None
-            return FakeEngine(self, logger)
+            return self.engine_class(self, logger)
 
         return SimpleNamespace(deserialize_cuda_engine=deserialize)
 
@@ -140,6 +145,8 @@ class FakeEngine:
         self.logger = logger
         self.names = [INPUT_NAME, *library.outputs]
         self.num_io_tensors = len(self.names)
+        self.device_memory_size_v2 = library.scratch_bytes
+        self.scratch_streams: dict[int, int] = {}
 
     def __del__(self) -> None:
         # In the driver's own list, to be compared with what the driver was asked to do.
@@ -167,7 +174,11 @@ class FakeEngine:
         low, high = self.library.batch
         return [(batch, *self.library.image_chw) for batch in (low, low, high)]
 
-    def create_execution_context(self) -> Any:
+    def create_execution_context(self, strategy: str) -> Any:
+        assert strategy == "USER_MANAGED"
+        return self.new_context()
+
+    def new_context(self) -> FakeContext | None:
         self.library.calls.append("create_execution_context")
         if "create_execution_context" in self.library.fail:
             return None
@@ -181,10 +192,23 @@ class FakeContext:
         self.library.contexts_alive += 1
         self.addresses: dict[str, int] = {}
         self.batch: int | None = None
+        self.scratch = (0, 0)
         self.enqueued_shapes: set[int] = set()
 
     def __del__(self) -> None:
         self.library.contexts_alive -= 1
+
+    def state(self) -> tuple[Any, ...]:
+        """What a captured graph keeps."""
+        return self.batch, self.scratch, tuple(self.addresses.items())
+
+    def set_device_memory(self, memory: int, size: int) -> None:
+        assert size >= self.engine.device_memory_size_v2
+        assert memory % 256 == 0
+        self.scratch = (memory, size)
+
+    def settle(self, batch: int) -> None:
+        """What the library does at the first enqueue of a shape."""
 
     def set_tensor_address(self, name: str, pointer: int) -> bool:
         self.addresses[name] = pointer
@@ -210,16 +234,101 @@ class FakeContext:
         if "execute_async_v3" in library.fail or (capturing and not library.capturable):
             self.engine.logger.log(library.ILogger.ERROR, "enqueue failed\nwith details")
             return False
-        self.enqueued_shapes.add(self.batch)
-        batch = self.batch
+        if self.batch not in self.enqueued_shapes:
+            self.enqueued_shapes.add(self.batch)
+            self.settle(self.batch)
+        batch, state = self.batch, self.state()
+        memory, size = self.scratch
+        assert self.engine.scratch_streams.setdefault(memory, stream) == stream, "two streams at once in one scratch"
 
         def run() -> None:
+            assert self.state() == state, "the context was changed after the capture"
+            library.driver.fill(memory, size)
             image = _array(self.addresses[INPUT_NAME], (batch, *library.image_chw), library.input_dtype)
             for name, found in library.network(image).items():
                 assert found.shape[0] == batch
                 np.copyto(_array(self.addresses[name], found.shape, found.dtype), found)
 
         library.driver.enqueue(stream, run)
+        return True
+
+
+class FakeTensorRtForRtx(FakeTensorRt):
+    """With a runtime configuration, and kernels that are compiled for each batch size unless the cache has them.
+
+    Attributes:
+        compiled: batch sizes, as they were compiled.
+        gpu_driver: whose cache no other one takes.
+        takes_cache: whether a configuration accepts a cache.
+    """
+
+    __version__ = "1.7.1.116"
+
+    DynamicShapesKernelSpecializationStrategy = SimpleNamespace(LAZY="LAZY", EAGER="EAGER")
+
+    def __init__(self, driver: FakeDriver, network: Network, image_chw: tuple[int, int, int]) -> None:
+        super().__init__(driver, network, image_chw)
+        self.engine_class = FakeRtxEngine
+        self.compiled: list[int] = []
+        self.gpu_driver = b"driver 580"
+        self.takes_cache = True
+
+
+class FakeRtxEngine(FakeEngine):
+    library: FakeTensorRtForRtx
+
+    def create_runtime_config(self) -> FakeRuntimeConfig:
+        return FakeRuntimeConfig(self.library)
+
+    def create_execution_context(self, config: Any) -> Any:
+        assert isinstance(config, FakeRuntimeConfig)
+        assert config.strategy == "USER_MANAGED"
+        assert config.dynamic_shapes_kernel_specialization_strategy == "EAGER", "else scores change while frames run"
+        context = self.new_context()
+        if context is not None:
+            context.settle = lambda batch: config.cache.compile(batch)  # type: ignore[method-assign]
+        return context
+
+
+class FakeRuntimeConfig:
+    dynamic_shapes_kernel_specialization_strategy = "LAZY"
+    strategy = "STATIC"
+
+    def __init__(self, library: FakeTensorRtForRtx) -> None:
+        self._library = library
+        self.cache = FakeRuntimeCache(library)
+
+    def set_execution_context_allocation_strategy(self, strategy: str) -> None:
+        self.strategy = strategy
+
+    def create_runtime_cache(self) -> FakeRuntimeCache:
+        return FakeRuntimeCache(self._library)
+
+    def set_runtime_cache(self, cache: FakeRuntimeCache) -> bool:
+        if self._library.takes_cache:
+            self.cache = cache
+        return self._library.takes_cache
+
+
+class FakeRuntimeCache:
+    def __init__(self, library: FakeTensorRtForRtx) -> None:
+        self._library = library
+        self._batches: set[int] = set()
+
+    def compile(self, batch: int) -> None:
+        if batch not in self._batches:
+            self._batches.add(batch)
+            self._library.compiled.append(batch)
+
+    def serialize(self) -> memoryview:
+        assert self._library.driver.current, "needs a current context"
+        return memoryview(self._library.gpu_driver + bytes(sorted(self._batches)))
+
+    def deserialize(self, blob: bytes) -> bool:
+        assert self._library.driver.current, "needs a current context"
+        if not blob.startswith(self._library.gpu_driver):
+            return False
+        self._batches = set(blob.removeprefix(self._library.gpu_driver))
         return True
 
 

@@ -17,16 +17,30 @@ from numpy.typing import NDArray
 
 from recontrast_edge import bench as bench_module
 from recontrast_edge.cuda import CudaError, cuda_bindings
-from recontrast_edge.engines import open_engine, tensorrt
-from recontrast_edge.engines.tensorrt import GPU_STAGES, TensorRtEngine
+from recontrast_edge.engines import open_engine, tensorrt, tensorrt_slot
+from recontrast_edge.engines.tensorrt import TensorRtEngine
+from recontrast_edge.engines.tensorrt_context import CACHE_KIND
+from recontrast_edge.engines.tensorrt_slot import GPU_STAGES
 from recontrast_edge.errors import InputError, MissingError, ModelError
 from recontrast_edge.kernels import launcher
 from recontrast_edge.plan import Parity, PlanInfo, sidecar_path
 from recontrast_edge.preprocess import preprocess
 from recontrast_edge.scoring import MAP_NAME, SCORE_NAME
 from recontrast_edge.spec import InputSpec, Level, ModelSpec, Roi, Scoring, Threshold
+from recontrast_edge.user_cache import cache_folder
 from tests.edge.fakes_cuda import ALLOCATIONS, CUresult, FakeDriver, FakePyCuda
-from tests.edge.fakes_tensorrt import PLAN, FakeTensorRt, features_network, judged, map_network
+from tests.edge.fakes_tensorrt import (
+    PLAN,
+    FakeContext,
+    FakeRtxEngine,
+    FakeRuntimeCache,
+    FakeRuntimeConfig,
+    FakeTensorRt,
+    FakeTensorRtForRtx,
+    features_network,
+    judged,
+    map_network,
+)
 from tests.kernels.host import COMPILER, Host, build
 
 SIZE = 32
@@ -98,7 +112,8 @@ def open_plan(library: FakeTensorRt, tmp_path: Path) -> Iterator[Open]:
 
     def open_it(path: Path | None = None, **options: Any) -> TensorRtEngine:
         options.setdefault("binding", "cuda-bindings")
-        opened.append(TensorRtEngine(path or write_plan(tmp_path, model()), **options))
+        with library.driver.without_kernels():
+            opened.append(TensorRtEngine(path or write_plan(tmp_path, model()), **options))
         return opened[-1]
 
     yield open_it
@@ -121,6 +136,7 @@ def expected(images: list[NDArray[np.uint8]], spec: ModelSpec) -> tuple[NDArray[
 
 
 def test_the_kernels_and_the_graph_give_the_oracles_numbers(open_plan: Open, library: FakeTensorRt) -> None:
+    library.batch = (1, 4)
     engine = open_plan()
     assert engine.uses_graph
     assert engine.max_batch == 4
@@ -136,15 +152,15 @@ def test_the_kernels_and_the_graph_give_the_oracles_numbers(open_plan: Open, lib
 
 def test_more_images_than_the_engine_takes_go_through_the_slots_in_turn(open_plan: Open, library: FakeTensorRt) -> None:
     engine = open_plan()
-    images = [image(seed) for seed in range(11)]
+    images = [image(seed) for seed in range(5)]
     found = engine.infer(images, maps_above=10.0)
     maps, scores = expected(images, model())
     np.testing.assert_allclose(found.scores, scores, atol=2e-3)
     np.testing.assert_allclose(found.maps, maps, atol=2e-3)
     # Two batches are on their way before the first is waited for.
-    engine.infer(images[:8])
+    engine.infer(images[:4])
     library.driver.calls.clear()
-    engine.infer(images[:8])
+    engine.infer(images[:4])
     launches = [call for call in library.driver.calls if call in ("cuGraphLaunch", "cuStreamSynchronize")]
     assert launches == ["cuGraphLaunch"] * 2 + ["cuStreamSynchronize"] * 2
     assert engine.infer([]).scores.shape == (0,)
@@ -195,20 +211,82 @@ def test_nan_comes_out_with_its_map(open_plan: Open, library: FakeTensorRt) -> N
     assert np.isfinite(engine.infer([image(0)]).scores[0])
 
 
-def test_frames_of_another_size_are_captured_again(open_plan: Open, library: FakeTensorRt) -> None:
+PER_FRAME = ["cuCtxPushCurrent", "cuGraphLaunch", "cuStreamSynchronize", "cuCtxPopCurrent"]
+
+
+def test_one_two_or_three_images_in_turn_cost_no_capture(open_plan: Open, library: FakeTensorRt) -> None:
+    """As cameras send them that share an engine: the first batches already are as fast as all others."""
+    library.batch = (1, 3)
     engine = open_plan()
-    for seed, (width, height, mono) in enumerate([(45, 37, False), (200, 120, False), (45, 37, True), (32, 32, False)]):
-        picture = image(seed, width=width, height=height, mono=mono)
+    assert library.contexts_alive == 3 + 1, "one for each size, and the largest once more for the second slot"
+    # Frames of the size that the model was trained for, which the engine was opened for.
+    frames = [image(seed, width=SIZE, height=SIZE) for seed in range(3)]
+    library.driver.calls.clear()
+    library.calls.clear()
+    counts = (1, 2, 3, 1, 3)
+    for count in counts:
+        found = engine.infer(frames[:count], maps_above=10.0)
+        np.testing.assert_allclose(found.scores, expected(frames[:count], model())[1], atol=2e-3)
+        assert engine.uses_graph
+    assert library.driver.calls == PER_FRAME * len(counts)
+    assert library.calls == []
+
+
+def test_an_engine_for_many_images_gets_its_graphs_as_batches_come(
+    open_plan: Open, library: FakeTensorRt, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tensorrt, "WARMED_BATCHES", 1)
+    engine = open_plan()
+    frames = [image(seed, width=SIZE, height=SIZE) for seed in range(2)]
+    for captures in (1, 0):
+        library.driver.calls.clear()
+        found = engine.infer(frames, maps_above=10.0)
+        np.testing.assert_allclose(found.scores, expected(frames, model())[1], atol=2e-3)
+        counts = library.driver.counts()
+        assert counts["cuStreamBeginCapture"] == counts["cuGraphInstantiate"] == captures
+        assert counts["cuMemAlloc"] == counts["cuMemHostAlloc"] == 0, "there is room for the largest batch"
+    assert library.driver.calls == PER_FRAME
+
+
+def test_frames_of_another_size_are_captured_once(open_plan: Open, library: FakeTensorRt) -> None:
+    engine = open_plan()
+    pictures = [image(0), image(1, width=200, height=120), image(2, mono=True), image(3, width=SIZE, height=SIZE)]
+    for picture in pictures:
         library.driver.calls.clear()
         first = engine.infer([picture])
-        counts = library.driver.counts()
-        assert counts["cuStreamBeginCapture"] == 1
-        # The nodes are the same ones: the executable graph is updated, not made again.
-        assert counts["cuGraphExecUpdate"] == 1
-        assert counts["cuGraphInstantiate"] == 0
+        assert library.driver.counts()["cuStreamBeginCapture"] == 1
         again = engine.infer([picture])
         np.testing.assert_array_equal(first.maps, again.maps)
         np.testing.assert_allclose(first.maps, expected([picture], model())[0], atol=2e-3)
+    # The second one was larger, so that the graphs of what came before it had to go.
+    library.driver.calls.clear()
+    for picture in pictures[1:]:
+        engine.infer([picture], maps_above=10.0)
+    assert library.driver.calls == PER_FRAME * 3
+
+
+def test_what_came_longest_ago_makes_room(
+    open_plan: Open, library: FakeTensorRt, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tensorrt_slot, "KEPT_WORKS", 2)
+    engine = open_plan()
+    held = sorted(library.driver.live.values())
+    assert held.count("executable graph") == 2 + 1
+    # None is larger than those the engine was opened for.
+    sizes = [(32, 32), (20, 32), (32, 16)]
+    for width, height in sizes * 2:
+        picture = image(0, width=width, height=height)
+        np.testing.assert_allclose(engine.infer([picture]).maps, expected([picture], model())[0], atol=2e-3)
+    live = sorted(library.driver.live.values())
+    assert live.count("executable graph") == held.count("executable graph")
+    assert live.count("device memory") == held.count("device memory") + 1, "weights for one more size of images"
+    assert library.contexts_alive == 1 + 1, "that of two images went with its last graph"
+    library.driver.calls.clear()
+    engine.infer([image(0, width=20, height=32)], maps_above=10.0)
+    engine.infer([image(0, width=32, height=16)], maps_above=10.0)
+    assert library.driver.calls == PER_FRAME * 2
+    engine.infer([image(0, width=32, height=32)], maps_above=10.0)
+    assert library.driver.counts()["cuStreamBeginCapture"] == 1
 
 
 def test_only_the_roi_is_copied(library: FakeTensorRt, open_plan: Open, tmp_path: Path) -> None:
@@ -222,6 +300,22 @@ def test_only_the_roi_is_copied(library: FakeTensorRt, open_plan: Open, tmp_path
     library.driver.calls.clear()
     engine.infer([image(1)])
     assert library.driver.counts()["cuStreamBeginCapture"] == 0
+
+
+def test_the_tiles_of_a_large_image_go_through_the_slots(
+    library: FakeTensorRt, open_plan: Open, tmp_path: Path
+) -> None:
+    tiled = InputSpec(**{**model().input.model_dump(), "resize_wh": (2 * SIZE - 8, SIZE), "tile_overlap": 8})
+    spec = model().model_copy(update={"input": tiled})
+    engine = open_plan(write_plan(tmp_path, spec))
+    assert engine.max_batch == 1
+    picture = image(0, width=2 * SIZE - 8, height=SIZE)
+    left, right = expected([picture[:, :SIZE], picture[:, SIZE - 8 :]], model())[0]
+    (found,) = engine.infer([picture], maps_above=10.0).maps
+    np.testing.assert_allclose(found[:, : SIZE - 8], left[:, :-8], atol=2e-3)
+    np.testing.assert_allclose(found[:, SIZE:], right[:, 8:], atol=2e-3)
+    # Both went as one batch that was ready when the engine was opened.
+    assert library.driver.counts()["cuGraphLaunch"] == 1
 
 
 def test_the_map_head_needs_no_map_kernel_and_its_map_is_always_read(
@@ -251,21 +345,31 @@ def test_an_engine_for_large_batches_only_still_judges_one_image(library: FakeTe
     np.testing.assert_allclose(engine.infer([image(0)]).maps, expected([image(0)], model())[0], atol=2e-3)
 
 
-def test_where_capturing_is_refused_work_is_enqueued_call_by_call(library: FakeTensorRt, open_plan: Open) -> None:
+def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.message for record in caplog.records if record.levelname == "WARNING"]
+
+
+def test_where_capturing_is_refused_work_is_enqueued_call_by_call(
+    library: FakeTensorRt, open_plan: Open, caplog: pytest.LogCaptureFixture
+) -> None:
     library.capturable = False
     engine = open_plan()
     assert not engine.uses_graph
     for seed in range(3):
         np.testing.assert_allclose(engine.infer([image(seed)]).maps, expected([image(seed)], model())[0], atol=2e-3)
-    # It is not tried for every frame.
+    # It is not tried for every frame, and told once.
     library.driver.calls.clear()
     engine.infer([image(4)])
-    engine.infer([image(4, width=99)])
     assert "cuStreamBeginCapture" not in library.driver.calls
+    (warning,) = warnings_of(caplog)
+    assert "no CUDA graph for 2 image(s)" in warning
+    assert "could not run the network (enqueue failed)" in warning
 
 
 @pytest.mark.parametrize("function", ["cuStreamBeginCapture", "cuStreamEndCapture", "cuGraphInstantiate"])
-def test_a_driver_that_refuses_graphs(library: FakeTensorRt, open_plan: Open, function: str) -> None:
+def test_a_driver_that_refuses_one_graph(
+    library: FakeTensorRt, open_plan: Open, function: str, caplog: pytest.LogCaptureFixture
+) -> None:
     library.driver.failures[function] = CUresult.CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED
     if function == "cuStreamEndCapture":
         # The fake's stream would go on capturing, as no driver's does.
@@ -273,13 +377,19 @@ def test_a_driver_that_refuses_graphs(library: FakeTensorRt, open_plan: Open, fu
         del library.driver.failures[function]
 
         def refuse(stream: int) -> CUresult:
+            del library.driver.cuStreamEndCapture
             library.driver.cuGraphDestroy(original(stream)[1])
             return CUresult.CUDA_ERROR_STREAM_CAPTURE_INVALIDATED
 
         library.driver.cuStreamEndCapture = refuse  # type: ignore[method-assign]
     engine = open_plan()
-    assert not engine.uses_graph
-    np.testing.assert_allclose(engine.infer([image(0)]).maps, expected([image(0)], model())[0], atol=2e-3)
+    frames = [image(seed, width=SIZE, height=SIZE) for seed in range(2)]
+    for count in (1, 2, 1):
+        found = engine.infer(frames[:count])
+        assert engine.uses_graph == (count == 1), "only the first that was captured at opening has none"
+        np.testing.assert_allclose(found.maps, expected(frames[:count], model())[0], atol=2e-3)
+    (warning,) = warnings_of(caplog)
+    assert "no CUDA graph for 2 image(s)" in warning
 
 
 def test_profiling_splits_the_time_on_the_gpu(open_plan: Open) -> None:
@@ -337,7 +447,7 @@ def test_bench_measures_a_plan_with_its_stages_on_the_gpu(
     monkeypatch.setattr(bench_module, "THROUGHPUT_S", 0.0)
     path = write_plan(tmp_path, model())
     line = "synthetic://brushed-metal?fps=0&size=32x32"
-    settings = bench_module.Settings(frames=10, warmup=1, batches=(2,))
+    settings = bench_module.Settings(frames=4, warmup=1, batches=(2,))
     report, _ = bench_module.bench([str(path)], line, settings)
     (entry,) = report["engines"]
     assert "reference" not in entry["correctness"], "there is no model beside it"
@@ -384,7 +494,7 @@ def test_whatever_fails_while_opening_is_named_and_all_is_given_back(
         ("deserialize_cuda_engine", r"refused the engine \(the version tag does not match\).*recontrast-edge build"),
         ("create_execution_context", "no execution context"),
         ("set_tensor_address", "refused the buffer"),
-        ("set_input_shape", "refused a batch of 1"),
+        ("set_input_shape", "refused a batch of 2"),
         ("execute_async_v3", r"could not run the network \(enqueue failed\)"),
     ],
 )
@@ -554,25 +664,122 @@ def test_an_engine_that_does_not_fit_its_spec_is_refused(
     assert library.driver.live == {}
 
 
-def test_tensorrt_for_rtx_is_told_to_settle_its_kernels_at_once() -> None:
-    """Else it swaps in others while frames run, and a frame's score changes."""
+# TensorRT for RTX compiles kernels when an engine is opened.
 
-    class Config:
-        dynamic_shapes_kernel_specialization_strategy = "LAZY"
 
-    class Engine:
-        def create_runtime_config(self) -> Config:
-            return Config()
+@pytest.fixture
+def rtx(driver: FakeDriver, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeTensorRtForRtx:
+    fake = FakeTensorRtForRtx(driver, features_network(model()), (3, SIZE, SIZE))
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx", fake)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return fake
 
-        def create_execution_context(self, config: Config | None = None) -> str:
-            return "none" if config is None else config.dynamic_shapes_kernel_specialization_strategy
 
-    class Rtx:
-        class DynamicShapesKernelSpecializationStrategy:
-            EAGER = "EAGER"
+def open_rtx(rtx: FakeTensorRtForRtx, folder: Path) -> TensorRtEngine:
+    changes = {"flavor": "tensorrt-rtx", "library_version": "1.7.1.116", "compute_capability": None}
+    plan = write_plan(folder, model(), **changes)
+    with rtx.driver.without_kernels():
+        return TensorRtEngine(plan, binding="cuda-bindings")
 
-    assert tensorrt._execution_context(Rtx, Engine()) == "EAGER"
-    assert tensorrt._execution_context(object(), Engine()) == "none"
+
+def kept_kernels() -> list[Path]:
+    return sorted(cache_folder(CACHE_KIND).iterdir())
+
+
+def test_kernels_of_an_rtx_engine_are_compiled_once(
+    rtx: FakeTensorRtForRtx, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    frames = [image(seed) for seed in range(2)]
+    for compiled in ([2, 1], []):
+        rtx.compiled.clear()
+        with open_rtx(rtx, tmp_path) as engine:
+            assert rtx.compiled == compiled
+            assert len(kept_kernels()) == 1, "already, should the power fail"
+            np.testing.assert_allclose(engine.infer(frames).maps, expected(frames, model())[0], atol=2e-3)
+        assert rtx.driver.live == {}
+        assert rtx.contexts_alive == 0
+    assert_torn_down_in_order(rtx.driver.calls)
+    assert warnings_of(caplog) == []
+    # Another version compiles for itself.
+    rtx.__version__ = "1.7.1"
+    with open_rtx(rtx, tmp_path):
+        assert rtx.compiled == [2, 1]
+    assert len(kept_kernels()) == 2
+
+
+def test_kernels_that_were_compiled_while_frames_ran_are_kept_at_the_end(
+    rtx: FakeTensorRtForRtx, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tensorrt, "WARMED_BATCHES", 1)
+    rtx.batch = (1, 3)
+    with open_rtx(rtx, tmp_path) as engine:
+        assert rtx.compiled == [1, 3]
+        (before,) = [path.read_bytes() for path in kept_kernels()]
+        engine.infer([image(0), image(1)])
+        assert [path.read_bytes() for path in kept_kernels()] == [before], "not while frames run"
+    rtx.compiled.clear()
+    with open_rtx(rtx, tmp_path) as engine:
+        engine.infer([image(0), image(1)])
+    assert rtx.compiled == []
+
+
+@pytest.mark.parametrize("how", ["damaged", "of another driver"])
+def test_kernels_that_cannot_be_used_are_compiled_again(
+    rtx: FakeTensorRtForRtx, tmp_path: Path, how: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    open_rtx(rtx, tmp_path).close()
+    (path,) = kept_kernels()
+    if how == "damaged":
+        path.write_bytes(path.read_bytes()[:-3])
+    else:
+        rtx.gpu_driver = b"driver 470"
+    rtx.compiled.clear()
+    with open_rtx(rtx, tmp_path):
+        assert rtx.compiled == [2, 1]
+    (warning,) = warnings_of(caplog)
+    assert f"tensorrt-rtx cache: {path.name} is" in warning
+    rtx.compiled.clear()
+    open_rtx(rtx, tmp_path).close()
+    assert rtx.compiled == [], "what was kept instead is good"
+
+
+def test_an_rtx_library_that_takes_no_cache(
+    rtx: FakeTensorRtForRtx, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rtx.takes_cache = False
+    open_rtx(rtx, tmp_path).close()
+    (warning,) = warnings_of(caplog)
+    assert "compiled whenever the engine is opened" in warning
+    assert not cache_folder(CACHE_KIND).exists()
+
+
+def test_an_rtx_library_before_there_were_caches(
+    rtx: FakeTensorRtForRtx, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.delattr(FakeRuntimeConfig, "create_runtime_cache")
+    open_rtx(rtx, tmp_path).close()
+    assert rtx.compiled == [2, 1]
+    assert warnings_of(caplog) == []
+    assert not cache_folder(CACHE_KIND).exists()
+
+
+def test_every_name_exists_in_the_real_library() -> None:
+    """The fakes must not make up methods; needs no driver."""
+    rtx = pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX tells which names there are")
+    for fake, real in (
+        (FakeRtxEngine, rtx.ICudaEngine),
+        (FakeContext, rtx.IExecutionContext),
+        (FakeRuntimeConfig, rtx.IRuntimeConfig),
+        (FakeRuntimeCache, rtx.IRuntimeCache),
+    ):
+        ours = {"new_context", "state", "settle", "strategy", "compile", "library"}
+        names = {name for name in dir(fake) if not name.startswith("_")} - ours
+        assert names <= set(dir(real)), fake
+    assert hasattr(rtx.ICudaEngine, "device_memory_size_v2")
+    assert rtx.ExecutionContextAllocationStrategy.USER_MANAGED
+    assert rtx.DynamicShapesKernelSpecializationStrategy.EAGER
+    assert rtx.TensorIOMode.INPUT
+    assert rtx.TensorFormat.LINEAR
 
 
 def test_open_engine_takes_plans(tmp_path: Path) -> None:

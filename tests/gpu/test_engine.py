@@ -17,7 +17,8 @@ import pytest
 
 from recontrast_edge.engines import open_engine
 from recontrast_edge.engines.onnx import OnnxEngine
-from recontrast_edge.engines.tensorrt import GPU_STAGES, TensorRtEngine
+from recontrast_edge.engines.tensorrt import TensorRtEngine
+from recontrast_edge.engines.tensorrt_slot import GPU_STAGES
 from recontrast_edge.errors import RecontrastError
 from recontrast_edge.onnxfile import SPEC_KEY, replace_metadata
 from recontrast_edge.plan import read_sidecar

@@ -14,6 +14,7 @@ from recontrast_edge.errors import MissingError
 from recontrast_edge.kernels import PreprocessPlan
 from recontrast_edge.preprocess import preprocess
 from recontrast_edge.spec import Scoring
+from recontrast_edge.user_cache import cache_folder
 from tests.gpu.gpu import Gpu
 from tests.kernels.test_anomaly_map import (  # noqa: F401 - collected here as this module's tests
     LEVELS,
@@ -90,7 +91,7 @@ def test_kernels_that_were_compiled_here_load(gpu: Gpu, monkeypatch: pytest.Monk
         image = compiled_kernels(gpu.device.compute_capability)
     except MissingError as error:
         pytest.skip(str(error))
-    assert len(list(compiler.cache_folder().iterdir())) == 1
+    assert len(list(cache_folder(compiler.CACHE_KIND).iterdir())) == 1
     with gpu.device.current():
         module = gpu.device.load(image)
         module.function("distance_fp16")
