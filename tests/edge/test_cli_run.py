@@ -248,6 +248,26 @@ def test_a_reader_that_goes_away_is_no_error(tiny_model: Path) -> None:
     assert "Traceback" not in stderr
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--help"],
+        ["run", "--example-config"],
+        # The live view, which goes on a thread of its own; more rejects than it may lag behind.
+        ["run", "--engine", "{model}", "--source", "synthetic://mixed?fps=0&size=32x32&frames=300", "--threshold", "0"],
+    ],
+)
+def test_what_nobody_reads_keeps_no_command_from_its_work(arguments: list[str], tiny_model: Path) -> None:
+    command = [sys.executable, "-m", "recontrast_edge", *(word.format(model=tiny_model) for word in arguments)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        process.stdout.close()
+        try:
+            assert (process.wait(30), process.stderr.read() if process.stderr else None) == (0, "")
+        finally:
+            process.kill()
+
+
 class TestDemo:
     @pytest.fixture(autouse=True)
     def _engine(self, tiny_model: Path, monkeypatch) -> None:

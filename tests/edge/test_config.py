@@ -6,6 +6,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+import cv2
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -215,7 +217,12 @@ class TestPaths:
             ("watch:/in", "watch:/in"),
             ("genicam:lib/x.cti#ID?fps=3", "genicam:/f/lib/x.cti#ID?fps=3"),
             ("genicam:x.cti#ID", "genicam:x.cti#ID"),
-            ("gst:filesrc location=a ! decodebin", "gst:filesrc location=a ! decodebin"),
+            ("gst:filesrc location=a ! decodebin", 'gst:filesrc location="/f/a" ! decodebin'),
+            (
+                r"gst:filesrc location = 'a b' ! tee name=t ! filesink location=c\ d.raw t. ! videoconvert",
+                'gst:filesrc location = "/f/a b" ! tee name=t ! filesink location="/f/c d.raw" t. ! videoconvert',
+            ),
+            ("gst:rtspsrc location=rtsp://h/s ! decodebin", "gst:rtspsrc location=rtsp://h/s ! decodebin"),
             (
                 "rtsps://h/s?credentials=file:pw&ca_file=ca.pem&a=1",
                 "rtsps://h/s?credentials=file:/f/pw&ca_file=/f/ca.pem&a=1",
@@ -351,7 +358,7 @@ def test_the_page_has_every_key() -> None:
 
 
 class TestCheck:
-    """Without opening anything."""
+    """Without a camera, and without changing anything."""
 
     @pytest.mark.parametrize(
         ("text", "message"),
@@ -361,6 +368,21 @@ class TestCheck:
             ('outputs = ["mqtt://h/t?credentials=env:NO_SUCH_LOGIN"]\n' + BASE, "NO_SUCH_LOGIN is not set"),
             (BASE.replace("usb:0", "gopher:0"), "unknown scheme 'gopher'"),
             (BASE.replace("usb:0", "nowhere.mp4"), "no such file or folder"),
+            (BASE.replace("usb:0", "line.toml"), "line.toml: not a video"),
+            (BASE.replace("usb:0", "."), "holds no images"),
+            (BASE.replace("usb:0", "list:nowhere.txt"), "nowhere.txt: cannot be read"),
+            (BASE.replace("usb:0", "usb:0?exposure_su=3"), "did you mean 'exposure_us'"),
+            (BASE.replace("usb:0", "usb:0?gain=3&lines=64&overlpa=3"), "'overlpa'.*did you mean 'overlap'"),
+            (BASE.replace("usb:0", "/dev/video0?pixel_format=H264"), "pixel_format must be one of"),
+            (BASE.replace("usb:0", "csi:0?fps=0"), "fps must be a number from 1"),
+            (BASE.replace("usb:0", "pylon:?gain_bd=3"), "did you mean 'gain_db'"),
+            (BASE.replace("usb:0", "genicam:nowhere.cti#1"), "nowhere.cti: no such GenTL producer"),
+            (BASE.replace("usb:0", "aravis:?trigger=software"), "trigger=software needs trigger_rate_hz"),
+            (BASE.replace("usb:0", "rtsp://h/s?timeout_s=0"), "timeout_s must be"),
+            (BASE.replace("usb:0", "rtsps://h/s?ca_file=nowhere.pem"), "no such file: .*nowhere.pem"),
+            (BASE.replace("usb:0", "watch:nowhere"), "nowhere: no such folder"),
+            (BASE.replace("usb:0", "watch:.?after=move:.."), "expected a subfolder"),
+            (BASE.replace("usb:0", "synthetic://mixed?fsp=3"), "did you mean 'fps'"),
             (BASE.replace("usb:0", "rtsp://h/?credentials=env:NO_SUCH_LOGIN"), "NO_SUCH_LOGIN is not set"),
             (BASE.replace("demo", "nowhere.onnx"), "nowhere.onnx: no such"),
             (BASE.replace("demo", "line.toml"), "line.toml: expected an .onnx or .plan file"),
@@ -369,6 +391,28 @@ class TestCheck:
     def test_refuses(self, load, text: str, message: str) -> None:
         with pytest.raises(RecontrastError, match=message):
             check_line(load(text))
+
+    @pytest.mark.usefixtures("gi")
+    @pytest.mark.parametrize(
+        ("pipeline", "message"),
+        [("videotestsrc num-bufers=3", "refused: no property"), ("nonsense ! videoconvert", "no element")],
+    )
+    def test_refuses_pipelines(self, load, pipeline: str, message: str) -> None:
+        with pytest.raises(RecontrastError, match=message):
+            check_line(load(BASE.replace("usb:0", f"gst:{pipeline}")))
+
+    @pytest.mark.parametrize(
+        "source", ["usb:999", "/dev/video999", "rtsp://127.0.0.1:9/s", "watch:.?after=move:done", "watch:.", "part.png"]
+    )
+    def test_touches_no_camera_and_changes_nothing(self, load, tmp_path: Path, source: str) -> None:
+        cv2.imwrite(str(tmp_path / "part.png"), np.zeros((8, 8), np.uint8))
+        config = load(BASE.replace("usb:0", source))
+        before = sorted(tmp_path.iterdir())
+        check_line(config)
+        assert sorted(tmp_path.iterdir()) == before
+
+    def test_a_folder_that_is_waited_for_need_not_be_there(self, load) -> None:
+        check_line(load(BASE.replace("usb:0", "watch:nowhere"), wait_for_source=True))
 
     def test_threshold(self, load, tiny_model: Path, tmp_path: Path) -> None:
         check_line(load(BASE.replace("demo", str(tiny_model))))
@@ -396,6 +440,9 @@ class TestRoots:
             BASE.replace("usb:0", "watch:../?after=move:done"),
             BASE.replace("usb:0", "watch:out?existing=first&after=%64elete&lines=64"),
             'roots = ["other"]\noutputs = ["jsonl:r.jsonl"]\n' + BASE,
+            BASE.replace("usb:0", "gst:videotestsrc ! tee name=t ! filesink location=out/r t. ! videoconvert"),
+            BASE.replace("usb:0", "gst:videotestsrc ! tee name=t  multifilesink name=m location='../r%d' t. ! m."),
+            BASE.replace("usb:0", "gst:videotestsrc ! giosink location=file:///elsewhere/r"),
         ],
     )
     def test_refuse_what_lies_elsewhere(self, load, tmp_path: Path, text: str) -> None:
@@ -416,6 +463,8 @@ class TestRoots:
             'roots = ["one", ".."]\noutputs = ["jsonl:../r.jsonl"]\n' + BASE,
             BASE.replace("usb:0", "watch:/elsewhere?existing=first"),
             BASE.replace("usb:0", "watch:in?after=delete"),
+            BASE.replace("usb:0", "gst:filesrc location=/elsewhere/r ! tee name=t ! filesink location=in/r t. ! x"),
+            BASE.replace("usb:0", "gst:rtspsrc location=rtsp://h/s ! tee name=t ! rtspclientsink location=rtsp://h/t"),
             'outputs = ["jsonl:in-link/r.jsonl"]\n' + BASE,
         ],
     )

@@ -233,6 +233,23 @@ def test_a_defect_of_ours_stops_the_run_and_surfaces(engine) -> None:
     assert isinstance(line.errors[0], ZeroDivisionError)
 
 
+@pytest.mark.parametrize("part", ["source", "engine", "sink"])
+def test_what_is_no_exception_stops_the_run_as_well(engine, part: str) -> None:
+    """Libraries end a thread with SystemExit, or with the panic of one that is written in Rust."""
+
+    def end_thread(*_: object) -> None:
+        raise SystemExit(1)
+
+    source, sink = FakeSource(frames(600)), FakeSink()
+    if part == "source":
+        source.read = end_thread
+    elif part == "sink":
+        sink.write = end_thread
+    line = run(Wrapped(engine, end_thread) if part == "engine" else engine, source, sink)
+    assert [str(error) for error in line.errors] == ["SystemExit: 1"]
+    assert line.stopped_by == {"source": "source_failed", "engine": "internal_error", "sink": "output_failed"}[part]
+
+
 def test_deadlines(engine) -> None:
     now_s = time.monotonic()
     over = Frame(0, "fake", picture(50), now_s, deadline_s=now_s - 1)
