@@ -138,7 +138,7 @@ class Quantisation(Record):
     source_sha256: Sha256
     """``onnxfile.graph_sha256`` of the FP32 model."""
     calibration: Calibration | None
-    """Null with ``fp16``."""
+    """Null with ``fp16``, and where fine-tuning found the scales."""
     conversion: Conversion
     proof: Proof
 

@@ -9,6 +9,8 @@ builders get (INT8 and float16) and judged on the validation images until it is 
 first that keeps it on all of them is written. A part of the images would not do: one verdict of a hundred is twice the
 usual budget already. Nor would bisection: with some less INT8, verdicts change that more of it had left. If no rung
 holds, the graph is float16 throughout, and must hold as well.
+
+A graph that was fine-tuned for INT8 leaves nothing to search: it is proved against the model that it was made from.
 """
 
 from __future__ import annotations
@@ -27,8 +29,8 @@ from recontrast_edge.errors import GateError, OutputError, UsageError
 from recontrast_edge.images import atomic_write
 from recontrast_edge.int8 import PARTS, part_of
 from recontrast_edge.magnitudes import Method
-from recontrast_edge.onnxfile import SPEC_KEY, graph_sha256
-from recontrast_edge.proof import QUANTISATION_KEY, Proof, Quantisation
+from recontrast_edge.onnxfile import SPEC_KEY, graph_sha256, read_spec
+from recontrast_edge.proof import QUANTISATION_KEY, Proof, Quantisation, read_quantisation
 from recontrast_edge.recalibration import recalibrate, require_calibrated_on
 from recontrast_edge.spec import ModelSpec, Threshold
 from recontrast_export.budget import Budget
@@ -48,6 +50,7 @@ from recontrast_export.precision import (
     network_values,
     precision_of,
     read_calibration_images,
+    to_precision,
     with_float32_weights,
 )
 from recontrast_export.proving import GivenUp, Prover, ValidationImages, enforce, read_validation
@@ -90,8 +93,8 @@ class Result:
 
     Attributes:
         record: what the file says about itself.
-        trials: the ladder, most INT8 first.
-        method_errors: of each way to choose ranges, with the blocks of a typical rung in INT8.
+        trials: the ladder, most INT8 first; empty where nothing was searched.
+        method_errors: of each way to choose ranges, with the blocks of a typical rung in INT8; empty likewise.
         threshold: re-derived for this graph; None where no images were given for it.
     """
 
@@ -109,6 +112,7 @@ def quantize(
     validation: Path,
     budget: Budget,
     parts: Collection[str] = PARTS,
+    fine_tuned_from: Path | None = None,
     good: Path | None = None,
     say: Say = lambda sentence: None,
     progress: Progress | None = None,
@@ -117,50 +121,73 @@ def quantize(
     """Search, prove, write ``out`` and, beside it, the picture of the trade-off (``out`` with suffix ``.png``).
 
     Args:
-        model: FP32 ``.onnx`` file of ``recontrast-edge export``.
+        model: FP32 ``.onnx`` file of ``recontrast-edge export``, or INT8 one of a run that was fine-tuned for INT8.
         out: ``.onnx`` file to write; replaced if it exists, unless no graph keeps the budget.
-        calibration: good images for INT8 ranges, see ``precision.read_calibration_images``.
+        calibration: good images for INT8 ranges, see ``precision.read_calibration_images``; with ``fine_tuned_from``
+            they only say whether float16 holds what stays out of INT8.
         validation: images to judge, see ``proving.read_validation``.
         budget: what must hold.
         parts: of ``int8.PARTS``: what may become INT8.
+        fine_tuned_from: FP32 ``.onnx`` file of the run that the model was fine-tuned from, to prove it against; there
+            is no search then, and no picture. None for an FP32 model.
         good: the images that the model's threshold was calibrated on, to derive the new graph's from; None for none.
         say: told what was found.
         progress: told how calibration and sensitivity proceed.
         bars: show bars on stderr while images are judged.
 
     Raises:
-        UsageError: file names, parts, a model that is quantised already or has no threshold to derive again.
+        UsageError: file names, parts, a model that is quantised already or has no threshold to derive again, or that
+            was not fine-tuned from the other one.
         ModelError: a damaged model, or one that cannot be converted.
         InputError: images that cannot be used.
         CalibrationError: ``good`` are not the images of the model's threshold.
-        GateError: not even FP16 keeps the budget; nothing was written.
+        GateError: not even FP16 keeps the budget, or the fine-tuned model does not; nothing was written.
         OutputError: a file cannot be written.
     """
     _check(model, out, parts)
-    with OnnxEngine(model) as reference, temporary_folder(out) as name:
+    with OnnxEngine(fine_tuned_from or model) as reference, temporary_folder(out) as name:
         folder = Path(name)
-        source = onnx.load(model)
+        source = onnx.load(reference.path)
         if (found := precision_of(source)) != "fp32":
-            raise UsageError(f"{model}: is {found} already; quantize takes the FP32 model that it was made from")
+            raise UsageError(
+                f"{reference.path}: is {found} already; quantize takes the FP32 model that it was made from, and one "
+                "that was fine-tuned for INT8 with --fine-tuned-from FP32.onnx"
+            )
+        spec, tuned = reference.spec, None
+        if fine_tuned_from is not None:
+            spec, tuned = read_spec(model), onnx.load(model)
+            _require_fine_tuned(model, tuned, spec, reference, parts)
         promised = None if good is None else find_dataset(good).training_samples()
         if promised is not None:
             require_calibrated_on(promised, reference.spec)
         scales = read_calibration_images(calibration, reference.spec.input)
         require_good_images(reference, scales.paths)
-        say(f"Ranges from {scales.record.n_images} good images of {scales.record.data} and copies with pasted defects.")
         images = read_validation(validation, folder)
-        search = _Search(reference, source, scales, images, parts, budget, folder, say, progress, bars)
-        converted, proof, trials = search.run()
+        trials: list[Trial] = []
+        errors: dict[Method, float] = {}
+        if tuned is None:
+            said = f"{scales.record.n_images} good images of {scales.record.data} and copies with pasted defects"
+            say(f"Ranges from {said}.")
+            search = _Search(reference, source, scales, images, parts, budget, folder, say, progress, bars)
+            converted, proof, trials = search.run()
+            errors = search.method_errors
+        else:
+            some = [tensor for _, tensor in zip(range(MAX_RANGE_IMAGES), scales.tensors(progress), strict=False)]
+            converted = to_precision(tuned, "int8", images=some)
+            with opened(with_float16_rounding(converted.model), folder) as engine:
+                what = f"{model.name} with {100 * converted.record.int8_macs:.1f} % INT8, ONNX Runtime"
+                proof = Prover(reference, images, progress=bars).prove(engine.infer, what, budget)
+            enforce(proof, budget)
         record = Quantisation(
             precision="int8" if converted.record.int8_macs else "fp16",
             graph_sha256=_graph_sha256(converted.model, folder),
-            source=model.name,
+            source=reference.path.name,
             source_sha256=reference.sha256,
-            calibration=scales.record if converted.record.int8_macs else None,
+            calibration=scales.record if converted.record.int8_macs and tuned is None else None,
             conversion=converted.record,
             proof=proof,
         )
-        spec = reference.spec.with_threshold(None)
+        spec = spec.with_threshold(None)
         shipped = folder / out.name
         _save(shipped, converted.model, spec, record)
         threshold = None
@@ -168,10 +195,12 @@ def quantize(
             with OnnxEngine(shipped) as engine:
                 threshold = recalibrate(engine.infer, promised, reference.spec, engine_sha256=engine.sha256)
             write_threshold(shipped, spec, threshold)
-        with atomic_write(out.with_suffix(".png")) as picture, atomic_write(out) as file:
-            picture.write(draw_png(_points(trials, proof, budget), title=f"{model.name}, {images.source}"))
+        if trials:
+            with atomic_write(out.with_suffix(".png")) as picture:
+                picture.write(draw_png(_points(trials, proof, budget), title=f"{model.name}, {images.source}"))
+        with atomic_write(out) as file:
             file.write(shipped.read_bytes())
-    return Result(record, tuple(trials), search.method_errors, threshold)
+    return Result(record, tuple(trials), errors, threshold)
 
 
 class _Search:
@@ -298,6 +327,20 @@ def _check(model: Path, out: Path, parts: Collection[str]) -> None:
         raise OutputError(f"{out}: a folder is in the way")
     if unknown := set(parts) - set(PARTS) or not parts:
         raise UsageError(f"--parts: expected some of {', '.join(PARTS)}, got {unknown if parts else 'none'}")
+
+
+def _require_fine_tuned(
+    path: Path, model: onnx.ModelProto, spec: ModelSpec, reference: OnnxEngine, parts: Collection[str]
+) -> None:
+    if set(parts) != set(PARTS):
+        raise UsageError("--parts has no use with --fine-tuned-from: its blocks were chosen when it was trained")
+    if precision_of(model) != "int8" or read_quantisation(path) is not None:
+        raise UsageError(
+            f"{path}: expected what `recontrast-edge export` makes of a run that was fine-tuned with --qat INT8"
+        )
+    tuning = spec.training.recipe.get("qat")
+    if not isinstance(tuning, dict) or tuning.get("teacher_sha256") != reference.spec.weights_sha256:
+        raise UsageError(f"{reference.path}: is not the model that {path} was fine-tuned from")
 
 
 def _graph_sha256(model: onnx.ModelProto, folder: Path) -> str:

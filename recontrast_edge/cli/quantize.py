@@ -18,7 +18,11 @@ if TYPE_CHECKING:
 
 @app.command("quantize")
 def quantize_command(
-    model: str = typer.Argument(metavar="MODEL", help="FP32 ONNX file of `recontrast-edge export`, or `demo`."),
+    model: str = typer.Argument(
+        metavar="MODEL",
+        help="FP32 ONNX file of `recontrast-edge export`, or `demo`; with --fine-tuned-from, INT8 one of a run that "
+        "`train --qat INT8` made.",
+    ),
     out: Path = typer.Option(
         ..., "--out", help="ONNX file to write, NAME.onnx; NAME.png beside it shows what INT8 costs."
     ),
@@ -40,6 +44,13 @@ def quantize_command(
     ),
     parts: str = typer.Option(
         "encoders,bottleneck,decoder,discriminator", "--parts", help="Parts of the network that may become INT8."
+    ),
+    fine_tuned_from: Path | None = typer.Option(
+        None,
+        "--fine-tuned-from",
+        metavar="FP32.onnx",
+        help="The model that MODEL was fine-tuned from: nothing is searched, MODEL is proved against it, and refused "
+        "(exit code 6) if it goes beyond the budget.",
     ),
     good: Path | None = typer.Option(
         None,
@@ -68,6 +79,7 @@ def quantize_command(
             validation=validation,
             budget=Budget.parse(budget),
             parts=[part.strip() for part in parts.split(",") if part.strip()],
+            fine_tuned_from=None if fine_tuned_from is None else engine_path(str(fine_tuned_from)),
             good=good,
             say=typer.echo,
             progress=BuildProgress(shown),
@@ -99,7 +111,8 @@ def _show(result: Result) -> None:
         mark = "written" if trial.outcome is result.record.proof else ""
         cells = (f"{100 * trial.rung.int8_macs:.1f} %", str(len(trial.rung.blocks)), f"{100 * trial.map_error:.2f} %")
         table.add_row(*cells, *_judged(trial.outcome), mark)
-    console.print(table)
+    if result.trials:
+        console.print(table)
     show_proof(result.record.proof)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,19 +13,27 @@ import numpy as np
 import onnxruntime
 import pytest
 
-from recontrast_edge.errors import UsageError
+from recontrast_edge import cli
+from recontrast_edge.errors import GateError, UsageError
 from recontrast_edge.int8 import TRANSPARENT, Layout, quantise_weight
+from recontrast_edge.onnxfile import SPEC_KEY, graph_sha256, read_spec, replace_metadata
 from recontrast_edge.plan import read_sidecar
+from recontrast_edge.proof import read_quantisation
 from recontrast_edge.scoring import INPUT_NAME
-from recontrast_edge.spec import ModelSpec, Scoring
+from recontrast_edge.spec import ModelSpec, Scoring, Training
+from tests.export.calibrated import with_threshold
 
 torch = pytest.importorskip("torch", reason="needs the train extra")
 onnx = pytest.importorskip("onnx", reason="needs the export extra")
 pytest.importorskip("onnxsim", reason="needs the export extra")
 
+from recontrast_export import quantize as quantize_module  # noqa: E402
+from recontrast_export.budget import Budget  # noqa: E402
 from recontrast_export.build import build_engine  # noqa: E402
 from recontrast_export.onnx_export import INT8_TOLERANCE, build_onnx, export_onnx  # noqa: E402
+from recontrast_export.precision import precision_of  # noqa: E402
 from recontrast_export.qdq import Int8Network, int8_share  # noqa: E402
+from recontrast_export.quantize import quantize  # noqa: E402
 from recontrast_export.rewrite import with_pointwise_upsampling  # noqa: E402
 from recontrast_train.int8_model import Int8ReContrast, _Rounded, _RoundToSteps  # noqa: E402
 from recontrast_train.model import ReContrast  # noqa: E402
@@ -191,8 +200,6 @@ def test_storing_weights_as_float16_has_no_use(run: Path, tmp_path: Path) -> Non
 def test_another_scale_is_noticed(
     run: Path, data_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from recontrast_edge.errors import GateError
-
     scales = Int8ReContrast.scales
     monkeypatch.setattr(
         Int8ReContrast, "scales", lambda self: {name: 2 * scale for name, scale in scales(self).items()}
@@ -200,3 +207,107 @@ def test_another_scale_is_noticed(
     with pytest.raises(GateError):
         export_onnx(run, tmp_path / "model.onnx", images=[data_folder])
     assert INT8_TOLERANCE.map_error < 0.05
+
+
+# --- the proof against the float model -------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def pair(
+    int8_model: Int8ReContrast,
+    model_of: Models,
+    spec_of: Callable[..., ModelSpec],
+    data_folder: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> tuple[Path, Path]:
+    """A float model with a threshold, and what was fine-tuned from it."""
+    folder = tmp_path_factory.mktemp("pair")
+    teacher, tuned = folder / "float.onnx", folder / "tuned.onnx"
+    model = model_of("efficientnet_lite0")
+    onnx.save(build_onnx(model, spec_of(model.backbone_name, model.channels)), teacher)
+    with_threshold(teacher, data_folder / "test" / "good")
+    training = Training(recipe={"qat": {"teacher_sha256": "0" * 64}})
+    onnx.save(build_onnx(int8_model, spec_of(model.backbone_name, model.channels, training=training)), tuned)
+    return teacher, tuned
+
+
+@pytest.fixture
+def _any_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A network with random weights cannot tell good parts from noise: it is not asked."""
+    monkeypatch.setattr(quantize_module, "require_good_images", lambda engine, paths: None)
+
+
+@pytest.mark.usefixtures("_any_images")
+def test_a_fine_tuned_model_is_proved_against_the_float_model(
+    pair: tuple[Path, Path], data_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    teacher, tuned = pair
+    good, out = data_folder / "test" / "good", tmp_path / "proved.onnx"
+    arguments = ["quantize", tuned, "--fine-tuned-from", teacher, "--calibration", good, "--validation", data_folder]
+    arguments += ["--good", good, "--budget", "map_correlation>=0.5", "--out", out]
+    monkeypatch.setattr(sys, "argv", ["recontrast-edge", *map(str, arguments)])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert not end.value.code
+    printed = capsys.readouterr().out
+    assert "tuned.onnx with" in printed
+    assert "trade-off" not in printed
+    record = read_quantisation(out)
+    assert record is not None
+    assert (record.precision, record.source, record.source_sha256) == ("int8", "float.onnx", graph_sha256(teacher))
+    assert record.calibration is None
+    assert record.conversion.int8_macs == pytest.approx(int8_share(onnx.load(tuned)))
+    assert record.conversion.method is None
+    assert record.proof.map_correlation > 0.9
+    assert precision_of(onnx.load(out)) == "int8"
+    assert not (tmp_path / "proved.png").exists()
+    threshold = read_spec(out).threshold
+    assert threshold is not None
+    assert threshold.engine_sha256 == graph_sha256(out)
+
+
+@pytest.mark.usefixtures("_any_images")
+def test_a_fine_tuned_model_over_the_budget_is_refused(
+    pair: tuple[Path, Path], data_folder: Path, tmp_path: Path
+) -> None:
+    options: dict[str, Any] = {"calibration": data_folder / "test" / "good", "validation": data_folder}
+    options |= {"budget": Budget.parse("map_correlation>=0.99999"), "fine_tuned_from": pair[0]}
+    with pytest.raises(GateError, match=r"tuned.onnx with .* is over its budget .*map_correlation is"):
+        quantize(pair[1], tmp_path / "a.onnx", **options)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("model", "source", "options", "message"),
+    [
+        ("tuned", "tuned", {}, "is int8 already"),
+        ("tuned", None, {}, "--fine-tuned-from FP32.onnx"),
+        ("float", "float", {}, "expected what `recontrast-edge export` makes of a run that was fine-tuned"),
+        ("tuned", "other", {}, "other.onnx: is not the model that .*tuned.onnx was fine-tuned from"),
+        ("tuned", "float", {"parts": ["decoder"]}, "--parts has no use with --fine-tuned-from"),
+    ],
+)
+def test_models_that_do_not_belong_together_are_refused(
+    model: str,
+    source: str | None,
+    options: dict[str, Any],
+    message: str,
+    pair: tuple[Path, Path],
+    data_folder: Path,
+    tmp_path: Path,
+) -> None:
+    paths = {"float": pair[0], "tuned": pair[1], "other": tmp_path / "other.onnx"}
+    paths["other"].write_bytes(pair[0].read_bytes())
+    spec = read_spec(pair[0]).with_threshold(None)
+    replace_metadata(paths["other"], {SPEC_KEY: spec.model_copy(update={"weights_sha256": "1" * 64}).dumps()})
+    images = {"calibration": data_folder / "test" / "good", "validation": data_folder}
+    fine_tuned_from = None if source is None else paths[source]
+    with pytest.raises(UsageError, match=message):
+        quantize(
+            paths[model],
+            tmp_path / "a.onnx",
+            **images,
+            budget=Budget.parse("map_correlation>=0.5"),
+            fine_tuned_from=fine_tuned_from,
+            **options,
+        )

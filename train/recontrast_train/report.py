@@ -1,4 +1,4 @@
-"""What a training leaves for people to look at: the loss curve, and the report of its evaluation.
+"""What a training leaves for people to look at: its losses, and the report of its evaluation.
 
 write_report(Path("runs/tiles"), evaluation)
 """
@@ -18,14 +18,18 @@ from recontrast_edge.datasets import data_sha256
 from recontrast_edge.evaluation import Evaluation
 from recontrast_edge.images import atomic_write
 
+LOSS_FILE = "loss.csv"
 LOSS_PICTURE = "loss.png"
 REPORT_FILE = "report.html"
 
 _COLOUR = "#2b7a78"
 
 
-def write_loss_curve(out: Path, losses: list[float]) -> None:
-    """Draw the loss of every iteration, and its running mean over 20."""
+def write_losses(out: Path, losses: list[float]) -> None:
+    """Write the loss of every iteration as a table, and draw it with its running mean over 20."""
+    with atomic_write(out / LOSS_FILE) as file:
+        file.write(b"iteration,loss\n")
+        file.writelines(f"{iteration},{loss:.8f}\n".encode() for iteration, loss in enumerate(losses, 1))
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot()
     axes.plot(np.arange(1, len(losses) + 1), losses, color=_COLOUR, alpha=0.3, linewidth=0.8)
