@@ -19,7 +19,7 @@ from recontrast_edge.synthetic import SyntheticLine  # noqa: E402
 from recontrast_train.int8_model import Int8ReContrast, _RoundToSteps  # noqa: E402
 from recontrast_train.model import ReContrast  # noqa: E402
 from recontrast_train.qat import FineTuned, QatOptions, distillation_loss, fine_tune  # noqa: E402
-from recontrast_train.run import load_run, read_holdout, save_run  # noqa: E402
+from recontrast_train.run import load_run, save_run  # noqa: E402
 from recontrast_train.score import TorchScorer  # noqa: E402
 from recontrast_train.training import TrainOptions, train  # noqa: E402
 
@@ -141,10 +141,12 @@ def test_the_run_is_the_teachers_in_int8(tuned: tuple[Path, FineTuned], teacher:
     assert error == pytest.approx(tuned[1].error_after, rel=0.6)
     assert (tuned[0] / "loss.png").is_file()
     assert len((tuned[0] / "loss.csv").read_text().splitlines()) == 1 + 16
-    held_out = [path.resolve() for path in read_holdout(teacher)]
-    assert [path.resolve() for path in read_holdout(tuned[0])] == held_out
-    assert len(held_out) == 2
-    assert all(path.is_file() for path in held_out)
+    held_out = [
+        {sample.path.resolve() for sample in find_dataset(folder / "holdout.txt").training_samples()}
+        for folder in (teacher, tuned[0])
+    ]
+    assert held_out[0] == held_out[1]
+    assert len(held_out[1]) == 2
 
 
 def test_without_its_scales_a_run_is_refused(tuned: tuple[Path, FineTuned], tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ from recontrast_train.int8_model import SCALES, Int8ReContrast
 from recontrast_train.model import ReContrast
 from recontrast_train.recipe import Recipe
 from recontrast_train.report import write_losses
-from recontrast_train.run import load_run, read_holdout, save_run, weights_bytes, write_holdout
+from recontrast_train.run import copy_holdout, load_run, save_run, weights_bytes
 from recontrast_train.score import TorchScorer, with_training_images
 
 ITERATIONS = 300
@@ -324,7 +324,6 @@ def _save(
     # The teacher's, also those that the data set has lost since.
     spec = spec.model_copy(update={"training": spec.training.model_copy(update={"image_digests": seen})})
     write_losses(options.out, losses)
-    if held_out := read_holdout(options.run):
-        write_holdout(options.out, held_out)
+    copy_holdout(options.run, options.out)
     save_run(options.out, weights, spec)
     return spec

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
 from pathlib import Path
 
 import safetensors
@@ -27,25 +26,22 @@ HOLDOUT_FILE = "holdout.txt"
 """Lists the good images that training left out; paths are relative to the run folder."""
 
 
-def write_holdout(folder: Path, paths: Sequence[Path]) -> None:
-    """List good images that training left out.
+def copy_holdout(run: Path, folder: Path) -> None:
+    """Give a folder the list of images that another run left out, if that has one; paths are made to lead there.
 
     Raises:
         OutputError: the folder cannot be written.
     """
-    # Relative to the list, so that a project folder can move as a whole.
-    lines = [os.path.relpath(path.resolve(), folder.resolve()) for path in paths]
+    if not (run / HOLDOUT_FILE).is_file():
+        return
+    lines = []
+    for line in (run / HOLDOUT_FILE).read_text(encoding="utf-8", errors="replace").splitlines():
+        path, *rest = line.split("\t")
+        if path and not path.startswith("#"):
+            path = os.path.relpath((run / path).resolve(), folder.resolve())
+        lines.append("\t".join([path, *rest]))
     with atomic_write(folder / HOLDOUT_FILE) as file:
-        file.write(
-            ("# good images kept out of training, for `recontrast-edge calibrate`\n" + "\n".join(lines) + "\n").encode()
-        )
-
-
-def read_holdout(folder: Path) -> list[Path]:
-    """The images that ``write_holdout`` listed, whether they are still there or not; none without a list."""
-    path = folder / HOLDOUT_FILE
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
-    return [folder / line for line in lines if line and not line.startswith("#")]
+        file.write("".join(f"{line}\n" for line in lines).encode())
 
 
 def weights_bytes(model: ReContrast) -> bytes:

@@ -38,7 +38,7 @@ from recontrast_train.fit import Fitted, OutOfTimeError, check_options, fit
 from recontrast_train.model import STRIDES, ReContrast
 from recontrast_train.recipe import Recipe, load_recipe
 from recontrast_train.report import write_losses, write_report
-from recontrast_train.run import HOLDOUT_FILE, load_run, save_run, weights_bytes, write_holdout
+from recontrast_train.run import HOLDOUT_FILE, load_run, save_run, weights_bytes
 from recontrast_train.score import TorchScorer, level_spreads, with_training_images
 from recontrast_train.suspects import rank_suspects, sheet_path, write_suspects
 
@@ -240,7 +240,7 @@ def _fit(job: _Job, console: Console) -> ModelSpec:
 
     console.print(_recipe_table(resolved, job))
     if training.held_out and is_main():
-        write_holdout(options.out, training.held_out)
+        _write_holdout(options.out, training.held_out)
     workers = options.workers
     if workers is None:
         # On the CPU the network needs the cores, and the cache makes reading rare.
@@ -334,6 +334,16 @@ def _level_weights(model: ReContrast, images: GoodImages, recipe: Recipe) -> tup
         return None if set(recipe.level_weights) == {1.0} else recipe.level_weights
     spreads = level_spreads(model, images)
     return tuple(float(weight / spread) for weight, spread in zip(recipe.level_weights, spreads, strict=True))
+
+
+def _write_holdout(out: Path, held_out: list[Path]) -> None:
+    # Relative to the list, so that a project folder can move as a whole.
+    out.mkdir(parents=True, exist_ok=True)
+    lines = [os.path.relpath(path.resolve(), out.resolve()) for path in held_out]
+    with atomic_write(out / HOLDOUT_FILE) as file:
+        file.write(
+            ("# good images kept out of training, for `recontrast-edge calibrate`\n" + "\n".join(lines) + "\n").encode()
+        )
 
 
 def _evaluate(job: _Job, spec: ModelSpec) -> None:
