@@ -63,7 +63,6 @@ class JsonlSink:
             self._regular = False
             return
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
             self._regular = not path.exists() or path.is_file()
             self._file = self._open(path) if self._regular else io.FileIO(path, "w")
         except OSError as error:
@@ -88,10 +87,11 @@ class JsonlSink:
             return
         line = _line(record)
         try:
-            if self._outage.reason is not None and self._path is not None:
-                # A new descriptor, in case the old one leads to a disk that was exchanged.
+            if self._path is not None and self._regular and (self._outage.reason is not None or self._is_elsewhere()):
+                # A new descriptor: the old one may lead to a file that was deleted, or to a disk that was exchanged.
                 self._file.close()
                 self._file = self._open(self._path)
+            if self._outage.reason is not None:
                 lost = {"records": self._outage.lost, "detail": self._outage.reason}
                 line = _line({"type": "lost", "time": time_of_day(time.monotonic()), **lost}) + line
             self._write(line)
@@ -103,6 +103,13 @@ class JsonlSink:
             self._outage.begin(error)
         else:
             self._outage.end()
+
+    def _is_elsewhere(self) -> bool:
+        """Whether the file was deleted, or moved away as by a program that rotates logs."""
+        try:
+            return self._path is None or not os.path.samestat(self._path.stat(), os.fstat(self._file.fileno()))
+        except OSError:
+            return True
 
     def _write(self, line: bytes) -> None:
         if self._rotate_bytes is not None and self._path is not None:
@@ -129,6 +136,7 @@ class JsonlSink:
         self._file = self._open(path)
 
     def _open(self, path: Path) -> io.FileIO:
+        path.parent.mkdir(parents=True, exist_ok=True)
         file = io.FileIO(os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666), "r+")
         try:
             # Two processes would cut each other's last line off. File systems without locks have to do without.

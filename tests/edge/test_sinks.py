@@ -336,6 +336,23 @@ class TestJsonl:
             sink.close()
         sink.close()
 
+    def test_a_file_that_is_moved_or_deleted_is_made_again(self, tmp_path: Path) -> None:
+        path = tmp_path / "out" / "records.jsonl"
+        sink = opened(f"jsonl:{path}")
+        write_all(sink, [rejected(0), rejected(1)])
+        path.rename(tmp_path / "yesterday.jsonl")
+        write_all(sink, [rejected(2)])
+        shutil.rmtree(path.parent)
+        path.parent.touch()
+        write_all(sink, [rejected(3)])
+        path.parent.unlink()
+        time.sleep(RETRY_S)
+        write_all(sink, [rejected(4)])
+        with pytest.raises(OutputError, match="1 records were lost"):
+            sink.close()
+        assert [record["frame_id"] for record in lines(tmp_path / "yesterday.jsonl")] == [0, 1]
+        assert [record.get("frame_id", "lost") for record in lines(path)] == ["lost", 4]
+
     def test_a_device_without_room(self) -> None:
         if not Path("/dev/full").exists():
             pytest.skip("this system has no /dev/full")
