@@ -12,15 +12,23 @@ setting the clock back by an hour would make it last an hour longer.
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable
+from typing import TypeVar
+
+Result = TypeVar("Result")
 
 _log = logging.getLogger(__name__)
 
 POLL_S = 0.01
 
 _left: list[threading.Thread] = []
+
+
+class LeftBehindError(Exception):
+    """What was called has not returned, and nobody waits for it any more; the message names it."""
 
 
 def wait_until(condition: Callable[[], bool], until_s: float) -> bool:
@@ -62,6 +70,39 @@ def call_bounded(function: Callable[[], object], *, timeout_s: float, name: str)
     thread = threading.Thread(target=call, name=name, daemon=True)
     thread.start()
     return join(thread, time.monotonic() + timeout_s)
+
+
+def call_apart(function: Callable[[], Result], *, name: str, wanted: Callable[[], bool] = lambda: True) -> Result:
+    """Call on a thread of its own and wait, so that a signal is heard while a library is at work, or hangs.
+
+    Args:
+        wanted: asked again and again. When it says no, or a signal's handler raises, the thread is left behind.
+
+    Raises:
+        LeftBehindError: it was not wanted any more.
+        Exception: whatever the function raised.
+    """
+    results: list[Result] = []
+    errors: list[BaseException] = []
+
+    def call() -> None:
+        try:
+            results.append(function())
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=call, name=name, daemon=True)
+    thread.start()
+    try:
+        wait_until(lambda: not (thread.is_alive() and wanted()), math.inf)
+    finally:
+        if thread.is_alive():
+            leave(thread)
+    if errors:
+        raise as_exception(errors[0])
+    if not results:
+        raise LeftBehindError(name)
+    return results[0]
 
 
 def as_exception(error: BaseException) -> Exception:

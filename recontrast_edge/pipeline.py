@@ -32,7 +32,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from recontrast_edge.bounded import POLL_S, leave, wait_until
+from recontrast_edge.bounded import POLL_S, LeftBehindError, call_apart, leave, wait_until
 from recontrast_edge.camera_plan import CameraPlan
 from recontrast_edge.engines import Engine
 from recontrast_edge.errors import OutputError, StallError, UsageError
@@ -51,13 +51,15 @@ _log = logging.getLogger(__name__)
 TICK_S = 0.05
 """How often the line looks after its threads."""
 
+SINKS_OPENED_S = 0.5
 READERS_RETURN_S = 0.8
 READERS_LEFT_S = 1.5
 JUDGES_DRAIN_S = 2.0
 JUDGES_LEFT_S = 2.5
 SINKS_LEFT_S = 3.8
-"""Counted from a stop: when sources that have not come back are closed, and left behind; when frames that wait are
-dropped, and engines left behind; when outputs are left behind. A line must be down within 5 s."""
+"""Counted from a stop: when outputs that do not open are left behind; when sources that have not come back are closed,
+and left behind; when frames that wait are dropped, and engines left behind; when outputs are left behind. A line must
+be down within 5 s."""
 
 SAME_REQUEST_S = 0.2
 """Signals that come together are one."""
@@ -187,6 +189,22 @@ class Line:
         if errors:
             self.close()
             raise errors[0]
+
+    def open_sink(self, uri: str, open_sink: Callable[[], Sink]) -> Sink:
+        """Open an output, and wait for one that hangs no longer than a stop may take.
+
+        Args:
+            uri: for messages, credentials masked.
+
+        Raises:
+            OutputError: it cannot be opened, or was not until the line had to stop.
+        """
+        try:
+            return call_apart(
+                open_sink, name=f"open {uri}", wanted=lambda: time.monotonic() < self._until_s(SINKS_OPENED_S)
+            )
+        except LeftBehindError:
+            raise OutputError(f"{uri}: the output could not be opened until the stop; it was left behind") from None
 
     def run(self, sinks: Sequence[Sink] = ()) -> Statistics:
         """Stream until the end, ``max_frames``, a stop, or an error. May be called once.

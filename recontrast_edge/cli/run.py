@@ -276,10 +276,13 @@ def _plain(value: object) -> object:
 def run_line(config: LineConfig) -> None:
     """Run a line until it ends, and end with the exit code that belongs to that."""
     from contextlib import ExitStack, closing
+    from functools import partial
     from threading import Event
 
+    from recontrast_edge.bounded import call_apart
     from recontrast_edge.line_setup import camera_plans, check_places, open_products, output_openers, parts_merger
     from recontrast_edge.pipeline import Line, stop_on_signals
+    from recontrast_edge.secrets import masked_uri
     from recontrast_edge.sinks.terminal import TerminalView
     from recontrast_edge.statistics import Statistics
 
@@ -288,7 +291,7 @@ def run_line(config: LineConfig) -> None:
     openers = output_openers(config)
     stop, statistics = Event(), Statistics()
     with ExitStack() as stack:
-        products = open_products(config, stack)
+        products = call_apart(partial(open_products, config, stack), name="open the engines")
         line = stack.enter_context(
             Line(
                 camera_plans(config, products),
@@ -304,7 +307,10 @@ def run_line(config: LineConfig) -> None:
         line.connect()
         engines = list({id(product.engine): product.engine for product in products.values()}.values())
         with ExitStack() as until_run:
-            sinks = [until_run.enter_context(closing(open_sink(engines[0].spec.input))) for open_sink in openers]
+            sinks = []
+            for uri, open_sink in zip(config.outputs, openers, strict=True):
+                sink = line.open_sink(masked_uri(uri), partial(open_sink, engines[0].spec.input))
+                sinks.append(until_run.enter_context(closing(sink)))
             if not config.quiet:
                 names = ", ".join(dict.fromkeys(f"{engine.spec.class_name} · {engine.name}" for engine in engines))
                 sources = f"{len(line.cameras)} cameras" if len(line.cameras) > 1 else line.cameras[0].uri

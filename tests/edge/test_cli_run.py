@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -233,6 +234,45 @@ def test_a_signal_ends_cleanly_with_complete_files(tiny_model: Path, tmp_path: P
     assert summary["dropped"] == 0
     assert len(records(tmp_path / "r.jsonl")) == summary["judged"] == video_length(tmp_path / "v.mp4")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["r.jsonl", "summary.json", "v.mp4"]
+
+
+HANGING_ENGINE = """
+import ctypes, sys
+from recontrast_edge import cli, line_setup
+def hang(*_, **__):
+    print("hanging", flush=True)
+    ctypes.CDLL(None).sleep(1000)
+if sys.argv.pop(1) == "engine":
+    line_setup.open_engine = hang
+cli.main()
+"""
+"""The command line, with an engine whose opening hangs in C, where no signal reaches it."""
+
+
+@pytest.mark.parametrize(("part", "code", "message"), [("engine", 130, ""), ("output", 7, "jsonl:pipe: the output co")])
+def test_a_signal_ends_it_while_something_hangs_in_its_opening(
+    tiny_model: Path, tmp_path: Path, part: str, code: int, message: str
+) -> None:
+    # Opening a named pipe waits for who opens its other end.
+    os.mkfifo(tmp_path / "pipe")
+    command = [sys.executable, "-c", HANGING_ENGINE, part, "run", "--engine", str(tiny_model), "--quiet"]
+    command += ["--source", "synthetic://mixed?size=64x64", "--output", "jsonl:first.jsonl", "--output", "jsonl:pipe"]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        if part == "engine":
+            assert process.stdout is not None
+            assert process.stdout.readline() == "hanging\n"
+        while part == "output" and not (tmp_path / "first.jsonl").exists():
+            assert process.poll() is None
+            time.sleep(0.02)
+        time.sleep(0.2)
+        process.send_signal(signal.SIGTERM)
+        _, stderr = process.communicate(timeout=20)
+    finally:
+        process.kill()
+    assert process.returncode == code, stderr
+    assert message in stderr
+    assert "Traceback" not in stderr
 
 
 def test_a_reader_that_goes_away_is_no_error(tiny_model: Path) -> None:
