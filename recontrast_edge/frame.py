@@ -32,6 +32,19 @@ def time_of_day(moment_s: float) -> str:
     return moment.isoformat(timespec="milliseconds").removesuffix("+00:00") + "Z"
 
 
+def _make_fit(item: Frame | Judgement | StateChange, *names: str) -> None:
+    """Make these texts of an item, which outputs show and send as they are, fit for that.
+
+    The name of a file may hold bytes that are no text in any encoding, and a sentence about an error the password of
+    what it is about.
+    """
+    for name in names:
+        text = getattr(item, name)
+        if text is not None:
+            text = mask(text) if name == "detail" else text
+            object.__setattr__(item, name, text if text.isascii() else text.encode(errors="replace").decode())
+
+
 @dataclass(frozen=True)
 class WebSpan:
     """The stretch of a continuous web that an image shows; one image row is one line.
@@ -83,7 +96,7 @@ class Frame:
         part_id: trigger or part number, where the source has one.
         deadline_s: when its verdict must be there, same clock.
         fault: code of what is wrong with the frame itself (``docs/artifacts.md`` lists them), else None.
-        detail: a sentence for people about ``fault``.
+        detail: a sentence for people about ``fault``; credentials get masked.
         truth: known answer, from sources that know it.
         truth_mask: (H, W) bool, defect pixels, from sources that know it.
         camera: name of the stream where a line has several.
@@ -108,6 +121,9 @@ class Frame:
     camera_time_ns: int | None = None
     gate_s: float | None = None
     web: WebSpan | None = None
+
+    def __post_init__(self) -> None:
+        _make_fit(self, "source", "part_id", "detail")
 
 
 @dataclass(frozen=True)
@@ -144,7 +160,7 @@ class Judgement:
         map: (h, w) float32 anomaly map at the network's size; None where there is none.
         latency_ms: milliseconds a stage, and ``total`` from capture to verdict.
         fault: code, for FAULT only.
-        detail: a sentence for people, for FAULT only.
+        detail: a sentence for people, for FAULT only; credentials get masked.
         decided_s: when the verdict was made, on ``time.monotonic()``'s clock.
         input_spec: where the map lies in the image, where the judgement knows: engines of one line may differ.
     """
@@ -160,6 +176,9 @@ class Judgement:
     detail: str | None = None
     decided_s: float | None = None
     input_spec: InputSpec | None = None
+
+    def __post_init__(self) -> None:
+        _make_fit(self, "detail")
 
     @property
     def gate_in_ms(self) -> float | None:
@@ -182,7 +201,7 @@ class Judgement:
             "regions": [region.record(frame.web) for region in self.regions],
             "latency_ms": {stage: round(ms, 4) for stage, ms in self.latency_ms.items()},
             "fault": self.fault,
-            "detail": None if self.detail is None else mask(self.detail),
+            "detail": self.detail,
             "truth": frame.truth,
             "part_id": frame.part_id,
             "gate_in_ms": None if gate_in_ms is None else round(gate_in_ms, 3),
@@ -215,7 +234,7 @@ class StateChange:
         camera: name of the stream; None where there is only one.
         source: the source's URI, credentials masked.
         fault: code of why, where the new state is not a good one; else None.
-        detail: a sentence for people about ``fault``.
+        detail: a sentence for people about ``fault``; credentials get masked.
         time_s: when, on ``time.monotonic()``'s clock.
     """
 
@@ -227,6 +246,9 @@ class StateChange:
     fault: str | None = None
     detail: str | None = None
 
+    def __post_init__(self) -> None:
+        _make_fit(self, "source", "detail")
+
     def record(self) -> dict[str, Any]:
         """The change as one JSON-able object; ``type`` tells it from the record of a frame."""
         return {
@@ -237,7 +259,7 @@ class StateChange:
             "before": self.before.value,
             "state": self.state.value,
             "fault": self.fault,
-            "detail": None if self.detail is None else mask(self.detail),
+            "detail": self.detail,
         }
 
 

@@ -129,7 +129,8 @@ def _whose_reader_may_leave(stream: TextIO) -> TextIO:
     return io.TextIOWrapper(
         io.BufferedWriter(_UntilReaderLeaves(stream.fileno(), "w", closefd=False)),
         encoding=stream.encoding,
-        errors=stream.errors,
+        # What the terminal's encoding does not have must not stop a command.
+        errors="backslashreplace",
         line_buffering=stream.line_buffering,
         write_through=stream.write_through,
     )

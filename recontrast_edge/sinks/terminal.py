@@ -18,7 +18,6 @@ from rich.text import Text
 from recontrast_edge.frame import Judgement, SourceState, StateChange, VerdictName
 from recontrast_edge.latency import PERCENTILES
 from recontrast_edge.render import describe, frame_name
-from recontrast_edge.secrets import mask
 from recontrast_edge.statistics import Statistics
 
 STYLES: dict[VerdictName, str] = {"PASS": "green", "REJECT": "bold red", "FAULT": "bold yellow"}
@@ -141,7 +140,7 @@ class TerminalView:
 def _state_line(change: StateChange) -> str:
     """``left: STALE since 12 s, source_stale: no frame for 1.0 s``."""
     name = change.camera or change.source
-    because = "" if change.fault is None else f", {change.fault}: {mask(change.detail or '')}"
+    because = "" if change.fault is None else f", {change.fault}: {change.detail or ''}"
     return f"{name}: {change.state.value} since {time.monotonic() - change.time_s:.0f} s{because}"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import socket
 import sys
 import threading
@@ -19,8 +20,10 @@ import pytest
 from recontrast_edge import cli, secrets
 from recontrast_edge.config import load_config
 from recontrast_edge.errors import OutputError, UsageError
+from recontrast_edge.frame import Frame, Judgement, SourceState, StateChange
 from recontrast_edge.line_setup import check_places, output_openers
 from recontrast_edge.sinks import open_sink
+from recontrast_edge.sinks.message import message
 from recontrast_edge.spec import InputSpec
 
 SPEC = InputSpec(size_wh=(32, 32), resize_wh=(32, 32), mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
@@ -233,6 +236,21 @@ def test_a_thread_that_fails(run, folder: Path, capfd) -> None:
     assert "Traceback" in shown
     assert "cannot log in" in shown
     assert_hidden(shown.replace(Path(__file__).read_text(), ""))
+
+
+def test_texts_of_frames_and_judgements_are_fit_for_every_output() -> None:
+    """Outputs send and show them as they are."""
+    secrets.register(PASSWORD)
+    name = os.fsdecode(b"no-text-\xff.png")
+    sentence = f"{name} of rtsp://line1:{ENCODED}@h, or line1:{PASSWORD}"
+    frame = Frame(0, name, None, 0.0, part_id=name, fault="unreadable_image", detail=sentence)
+    judgement = Judgement(frame, "FAULT", None, 1.0, fault="unreadable_image", detail=sentence)
+    change = StateChange(None, name, SourceState.RUNNING, SourceState.STALE, 0.0, "source_stale", sentence)
+    assert (frame.source, frame.part_id, change.source) == ("no-text-?.png",) * 3
+    for detail in (frame.detail, judgement.detail, change.detail):
+        assert detail == "no-text-?.png of rtsp://line1:***@h, or line1:***"
+    for record in (judgement.record(), change.record()):
+        assert json.loads(message(record)) == json.loads(json.dumps(record))
 
 
 class TestRoots:
