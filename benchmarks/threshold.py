@@ -5,8 +5,9 @@
 
 Takes the scores of good images from files that ``eval --json`` and ``calibrate --json`` wrote, so no model runs here.
 The model must not have been trained on any of these parts. Again and again the parts are split into two halves; a
-threshold is calibrated on the first, and good images of the second are counted above it, in three ways:
+threshold is calibrated on the first, and good images of the second are counted above it, in four ways:
 
+- ``highest of a part``: the highest score of each part, on both sides, as ``calibrate`` does where it knows the parts;
 - ``one image a part``: one photograph of each part, on both sides, as the promise wants it;
 - ``all images``: all photographs of the parts, as if each were a part of its own;
 - ``split by image``: all photographs, split without looking at parts, as one does who does not know better.
@@ -21,7 +22,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import re
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -32,11 +32,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from recontrast_edge.calibration import calibrate, images_needed, percent
+from recontrast_edge.datasets import parts_by_name
 from recontrast_edge.errors import CalibrationError, InputError, RecontrastError, UsageError
 from recontrast_edge.images import atomic_write
+from recontrast_edge.spec import PartNames
 
 FORMATS = ("recontrast-edge.evaluation", "recontrast-edge.calibration")
-WAYS = ("one image a part", "all images", "split by image")
+WAYS = ("highest of a part", "one image a part", "all images", "split by image")
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,8 @@ def read_scores(paths: Sequence[Path], part: str | None, gap: int | None) -> Sco
         gap: the groups are numbers, and those that follow each other by at most this much are one part.
 
     Raises:
-        InputError: no file of ours, or a name without its part.
+        InputError: no file of ours.
+        UsageError: a name without its part.
     """
     scores: dict[str, float] = {}
     for path in paths:
@@ -114,21 +117,7 @@ def read_scores(paths: Sequence[Path], part: str | None, gap: int | None) -> Sco
 def _parts(names: Sequence[str], part: str | None, gap: int | None) -> NDArray[np.intp]:
     if part is None:
         return np.arange(len(names))
-    groups = []
-    for name in names:
-        match = re.search(part, name)
-        if match is None or not match.groups():
-            raise InputError(f"{name}: does not match --part {part!r}, whose first group is to name the part")
-        groups.append(match[1])
-    if gap is None:
-        return np.unique(np.array(groups), return_inverse=True)[1].reshape(-1)
-    if not all(group.isdecimal() for group in groups):
-        raise InputError(f"--gap needs numbers, but --part {part!r} finds {groups[0]!r}")
-    numbers = np.array([int(group) for group in groups])
-    order = np.argsort(numbers, kind="stable")
-    parts = np.empty(len(names), np.intp)
-    parts[order] = np.cumsum(np.diff(numbers[order], prepend=numbers.min()) > gap)
-    return parts
+    return np.unique(parts_by_name(names, PartNames(pattern=part, gap=gap)), return_inverse=True)[1].reshape(-1)
 
 
 def splits(scores: Scores, way: str, n: int, seed: int) -> Iterator[tuple[NDArray[np.float64], NDArray[np.float64]]]:
@@ -139,8 +128,10 @@ def splits(scores: Scores, way: str, n: int, seed: int) -> Iterator[tuple[NDArra
         if way == "split by image":
             first = np.arange(order.size) < order.size // 2
         else:
-            if way == "one image a part":
-                # In random order, so the first image of each part is any of its images.
+            if way == "highest of a part":
+                order = np.argsort(-scores.values, kind="stable")
+            if way != "all images":
+                # The first image of each part: the highest, or, in random order, any of them.
                 order = order[np.unique(scores.parts[order], return_index=True)[1]]
             chosen = rng.permutation(scores.n_parts)[: scores.n_parts // 2]
             first = np.isin(scores.parts[order], chosen)

@@ -8,6 +8,9 @@ exactly for continuous scores and at least that with ties, whatever the distribu
 sizes for setting tolerance limits", Annals of Mathematical Statistics 12, 1941). The smallest k that reaches C is
 taken, so that no more defects pass than the promise costs. The images must be drawn as future parts will be: several
 photographs of one part count as one, and a change of light or camera voids the promise.
+
+Where a part has several photographs, the highest of their scores stands for it: a line that takes them all rejects the
+part with any of them. The promise is then about parts that are photographed as often as these, or less often.
 """
 
 from __future__ import annotations
@@ -22,13 +25,13 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from recontrast_edge.binomial import cumulative
-from recontrast_edge.datasets import Sample, combined_sha256, file_sha256
+from recontrast_edge.datasets import Sample, combined_sha256, file_sha256, parts_of
 from recontrast_edge.errors import CalibrationError, ModelError, UsageError
 from recontrast_edge.evaluation import Scorer, score_samples
 from recontrast_edge.metrics import auroc
 from recontrast_edge.onnxfile import SPEC_KEY, replace_metadata
 from recontrast_edge.plan import write_spec
-from recontrast_edge.spec import IMAGE_DIGEST_DIGITS, ModelSpec, Threshold
+from recontrast_edge.spec import IMAGE_DIGEST_DIGITS, ModelSpec, PartNames, Threshold
 
 SHIFT_SIGNIFICANCE = 0.05
 """Calibration images whose scores are not shifted from the training images' at this level look like those."""
@@ -45,7 +48,7 @@ class Calibration:
         value: REJECT is ``score > value``.
         max_false_reject_rate: R, the promised bound of the share of good parts rejected.
         confidence: C, the probability, over the draw of the images, that the promise holds.
-        n_good: images it rests on.
+        n_good: parts it rests on; images, where each shows another part.
         rank: k of the order statistic, 1 ... n_good.
     """
 
@@ -71,13 +74,14 @@ def best_rate(n_good: int, confidence: float) -> float:
     return -math.expm1(math.log1p(-confidence) / n_good)
 
 
-def calibrate(scores: ArrayLike, max_false_reject_rate: float, confidence: float) -> Calibration:
+def calibrate(scores: ArrayLike, max_false_reject_rate: float, confidence: float, *, of: str = "images") -> Calibration:
     """The smallest order statistic that keeps the promise.
 
     Args:
-        scores: (n,) finite scores of independent, held-out good images.
+        scores: (n,) finite scores of independent, held-out good images or parts.
         max_false_reject_rate: R, (0, 1).
         confidence: C, (0, 1).
+        of: what has the scores, for messages.
 
     Raises:
         UsageError: R or C out of range.
@@ -87,7 +91,7 @@ def calibrate(scores: ArrayLike, max_false_reject_rate: float, confidence: float
     if not np.isfinite(values).all():
         raise CalibrationError("expected finite scores, got NaN or infinity; train or export the model again")
     n = values.size
-    require_images(n, max_false_reject_rate, confidence)
+    require_images(n, max_false_reject_rate, confidence, of=of)
     # P[Binomial <= k - 1] for k = 1 ... n; the largest one suffices, as n >= needed.
     reached = cumulative(n, 1.0 - max_false_reject_rate)[:-1] >= confidence
     rank = int(np.argmax(reached)) + 1 if reached.any() else n
@@ -100,8 +104,8 @@ def _check_promise(max_false_reject_rate: float, confidence: float) -> None:
             raise UsageError(f"the {name} must lie between 0 and 1 (0.01 is one percent), got {value:g}")
 
 
-def require_images(n: int, max_false_reject_rate: float, confidence: float) -> None:
-    """Refuse a promise that ``n`` good images cannot support.
+def require_images(n: int, max_false_reject_rate: float, confidence: float, *, of: str = "images") -> None:
+    """Refuse a promise that ``n`` good images, or parts, cannot support.
 
     Raises:
         UsageError: a rate or confidence outside of (0, 1).
@@ -112,14 +116,14 @@ def require_images(n: int, max_false_reject_rate: float, confidence: float) -> N
         return
     wish = f"a false-reject rate of at most {percent(max_false_reject_rate)} with {percent(confidence)} confidence"
     if n == 0:
-        raise CalibrationError(f"{wish} needs {needed} good images, got none")
+        raise CalibrationError(f"{wish} needs {needed} good {of}, got none")
     best = best_rate(n, confidence)
     # Rounded up to what a user would type, so that the suggestion is accepted.
     unit = 10.0 ** (math.floor(math.log10(best)) - 2)
     suggestion = math.ceil(best / unit) * unit
     advice = f", or ask for --max-false-reject-rate {suggestion:.6g}" if suggestion < 1.0 else ""
     raise CalibrationError(
-        f"{wish} needs {needed} good images, got {n}. {n} images can promise {percent(best)} at best. "
+        f"{wish} needs {needed} good {of}, got {n}. {n} {of} can promise {percent(best)} at best. "
         f"Collect {needed - n} more{advice}"
     )
 
@@ -133,13 +137,20 @@ def promise_in_words(threshold: Threshold) -> tuple[str, str] | None:
     """What a calibrated threshold promises, and under which conditions, a sentence each; None for one set by hand."""
     if threshold.max_false_reject_rate is None or threshold.confidence is None:
         return None
+    drawn = f"{threshold.n_good} images" if threshold.n_images is None else f"{threshold.n_good} parts"
+    parts = "the images show different parts" if threshold.n_images is None else "no part is photographed more often"
     return (
         f"Promise: of future good parts at most {percent(threshold.max_false_reject_rate)} will be rejected. Drawing "
-        f"{threshold.n_good} images like this and calibrating gives a threshold that keeps it in at least "
+        f"{drawn} like this and calibrating gives a threshold that keeps it in at least "
         f"{percent(threshold.confidence)} of all cases.",
-        "It holds for parts, light and camera like those in these images, if the images show different parts and none "
-        "was used for training.",
+        f"It holds for parts, light and camera like those in these images, if {parts} and none was used for training.",
     )
+
+
+def evidence_in_words(threshold: Threshold) -> str:
+    """What a calibrated threshold rests on: ``37 good parts (185 images) of tiles``."""
+    what = "good images" if threshold.n_images is None else f"good parts ({threshold.n_images} images)"
+    return f"{threshold.n_good} {what} of {threshold.data}"
 
 
 @dataclass(frozen=True)
@@ -148,39 +159,61 @@ class CalibrationImages:
 
     Attributes:
         samples: in the order given.
+        parts: the part that each of them shows.
+        names: what told the parts apart; None: the data did, or nothing.
         n_copies: files left out because another one has the same bytes.
-        n_trained_on: files left out because the model was trained on them.
+        n_trained_on: files left out because the model was trained on them, or on others of the same part.
         sha256: digest over the files' digests, ``Threshold.data_sha256``.
     """
 
     samples: tuple[Sample, ...]
+    parts: tuple[str, ...]
+    names: PartNames | None
     n_copies: int
     n_trained_on: int
     sha256: str
 
+    @property
+    def n_parts(self) -> int:
+        return len(set(self.parts))
 
-def held_out(samples: Sequence[Sample], spec: ModelSpec) -> CalibrationImages:
-    """Leave out copies and images that the model was trained on, neither of which are evidence.
+    @property
+    def of(self) -> str:
+        """What is counted, for messages."""
+        return "parts" if self.n_parts < len(self.samples) else "images"
+
+
+def held_out(samples: Sequence[Sample], spec: ModelSpec, names: PartNames | None = None) -> CalibrationImages:
+    """Leave out copies and parts that the model was trained on, neither of which are evidence.
+
+    Args:
+        samples: good images.
+        spec: of the model.
+        names: how the images' names tell their part; None: as the data set says, and else each image shows another.
 
     Raises:
         CalibrationError: nothing is left: these are the training images.
         InputError: a file cannot be read.
+        UsageError: ``names`` do not fit the images.
     """
+    parts = parts_of(samples, names)
     digests = [file_sha256(sample.path) for sample in samples]
     trained_on = set(spec.training.image_digests)
-    new: dict[str, Sample] = {}
+    known = {part for part, digest in zip(parts, digests, strict=True) if digest[:IMAGE_DIGEST_DIGITS] in trained_on}
+    new: dict[str, tuple[Sample, str]] = {}
     copies = 0
-    for digest, sample in zip(digests, samples, strict=True):
-        if digest[:IMAGE_DIGEST_DIGITS] not in trained_on:
+    for digest, sample, part in zip(digests, samples, parts, strict=True):
+        if part not in known:
             copies += digest in new
-            new.setdefault(digest, sample)
+            new.setdefault(digest, (sample, part))
     # Specs of before ``image_digests`` know only all of them together.
     if combined_sha256(digests) == spec.training.data_sha256 or not new:
         raise CalibrationError(
             "these are the images the model was trained on, whose scores are lower than those of new parts; "
             "calibrate on good images that were held out"
         )
-    return CalibrationImages(tuple(new.values()), copies, len(samples) - len(new) - copies, combined_sha256(new))
+    left, parts_left = zip(*new.values(), strict=True)
+    return CalibrationImages(left, parts_left, names, copies, len(samples) - len(new) - copies, combined_sha256(new))
 
 
 @dataclass(frozen=True)
@@ -227,14 +260,14 @@ class CalibratedEngine:
         calibration: the order statistic.
         threshold: for the spec.
         shift: None where the spec has no scores of training images.
-        samples: the images the threshold rests on.
+        images: that the threshold rests on.
         scores: (n,) float64, in their order.
     """
 
     calibration: Calibration
     threshold: Threshold
     shift: ScoreShift | None
-    samples: tuple[Sample, ...]
+    images: CalibrationImages
     scores: NDArray[np.float64]
 
     def to_json(self) -> dict[str, Any]:
@@ -246,8 +279,13 @@ class CalibratedEngine:
             "rank": self.calibration.rank,
             "score_shift": None if self.shift is None else {"share": self.shift.share, "p_value": self.shift.p_value},
             "images": [
-                {"image": f"{sample.kind}/{sample.path.name}", "kind": sample.kind, "score": float(score)}
-                for sample, score in zip(self.samples, self.scores, strict=True)
+                {
+                    "image": f"{sample.kind}/{sample.path.name}",
+                    "kind": sample.kind,
+                    "part": part if self.threshold.n_images is not None else None,
+                    "score": float(score),
+                }
+                for sample, part, score in zip(self.images.samples, self.images.parts, self.scores, strict=True)
             ],
         }
 
@@ -275,22 +313,27 @@ def calibrate_engine(
         CalibrationError: too few images; told before any is judged.
         InputError, ModelError: as ``evaluation.score_samples``.
     """
-    require_images(len(images.samples), max_false_reject_rate, confidence)
+    require_images(images.n_parts, max_false_reject_rate, confidence, of=images.of)
     scored = score_samples(score, images.samples, spec, progress=progress)
     scores = np.array([each.score for each in scored], np.float64)
-    calibration = calibrate(scores, max_false_reject_rate, confidence)
+    highest: dict[str, float] = {}
+    for part, score_of_image in zip(images.parts, scores.tolist(), strict=True):
+        highest[part] = max(highest.get(part, -math.inf), score_of_image)
+    calibration = calibrate(list(highest.values()), max_false_reject_rate, confidence, of=images.of)
     threshold = Threshold(
         value=calibration.value,
         max_false_reject_rate=max_false_reject_rate,
         confidence=confidence,
         n_good=calibration.n_good,
+        n_images=len(scores) if calibration.n_good < len(scores) else None,
+        parts=images.names,
         data=data_name,
         data_sha256=images.sha256,
         engine_sha256=engine_sha256,
         method="order-statistic",
     )
     shift = score_shift(scores, spec.training.good_scores)
-    return CalibratedEngine(calibration, threshold, shift, images.samples, scores)
+    return CalibratedEngine(calibration, threshold, shift, images, scores)
 
 
 def write_threshold(path: Path, spec: ModelSpec, threshold: Threshold) -> None:

@@ -20,9 +20,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from recontrast_edge.binomial import clopper_pearson
-from recontrast_edge.datasets import GOOD, Sample, mask_to_map, read_sample
+from recontrast_edge.datasets import GOOD, Sample, mask_to_map, parts_of, read_sample
 from recontrast_edge.engines import Inference
-from recontrast_edge.errors import InputError, ModelError
+from recontrast_edge.errors import InputError, ModelError, UsageError
 from recontrast_edge.metrics import AUPRO_LIMITS, PixelMetrics, UndefinedMetricError, auroc, average_precision, f1_max
 from recontrast_edge.preprocess import Geometry, Image, check_image
 from recontrast_edge.spec import ModelSpec, Threshold
@@ -329,7 +329,7 @@ def evaluate(
         width, height = spec.input.map_wh
         small = f", or are too small for the {width}x{height} map" if resolution == "map" else ""
         notes.append(f"{lost} defect image(s) lie outside of the judged area{small}")
-    if note := _broken_promise(spec.threshold, at_threshold):
+    if note := _broken_promise(spec.threshold, samples, scores):
         notes.append(note)
     return Evaluation(
         spec=spec,
@@ -420,12 +420,22 @@ def _at_threshold(spec: ModelSpec, scores: NDArray[np.float32], defect: NDArray[
     return AtThreshold(spec.threshold.value, Rate.counted(rejected[~defect]), Rate.counted(~rejected[defect]))
 
 
-def _broken_promise(threshold: Threshold | None, at: AtThreshold | None) -> str | None:
+def _broken_promise(threshold: Threshold | None, samples: Sequence[Sample], scores: NDArray[np.float32]) -> str | None:
     """A sentence where more good parts were rejected than the threshold's promise leaves to chance."""
-    if threshold is None or threshold.max_false_reject_rate is None or at is None or at.false_rejects is None:
+    good = [(sample, float(score)) for sample, score in zip(samples, scores, strict=True) if sample.is_good]
+    if threshold is None or threshold.max_false_reject_rate is None or not good:
         return None
-    seen, promised = at.false_rejects, threshold.max_false_reject_rate
-    if seen.low <= promised:
+    try:
+        parts = parts_of([sample for sample, _ in good], threshold.parts)
+    except UsageError:
+        # Parts of other names than those it was calibrated on.
+        parts = parts_of([sample for sample, _ in good], None)
+    # A part is rejected with any of its images, as in the promise.
+    rejected: dict[str, bool] = {}
+    for part, (_, score) in zip(parts, good, strict=True):
+        rejected[part] = rejected.get(part, False) or score > threshold.value
+    seen, promised = Rate.counted(np.array(list(rejected.values()))), threshold.max_false_reject_rate
+    if seen is None or seen.low <= promised:
         return None
     return (
         f"the threshold promises that at most {100 * promised:.3g} % of good parts are rejected, but here "

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from recontrast_edge.calibration import CalibrationImages, calibrate_engine, held_out
+from recontrast_edge.calibration import CalibrationImages, calibrate_engine, evidence_in_words, held_out
 from recontrast_edge.datasets import Sample
 from recontrast_edge.errors import CalibrationError, UsageError
 from recontrast_edge.evaluation import Scorer
@@ -55,10 +55,15 @@ def require_calibrated_on(samples: Sequence[Sample], spec: ModelSpec) -> tuple[C
             "the model has no calibrated threshold whose promise could be kept; run `recontrast-edge calibrate` with "
             "it first, or with the new engine later"
         )
-    images = held_out(samples, spec)
+    images = held_out(samples, spec, before.parts)
     if images.sha256 != before.data_sha256:
         raise CalibrationError(
-            f"these are not the {before.n_good} images of {before.data} that the model's threshold was calibrated on; "
-            "give those, or calibrate the new engine afterwards with `recontrast-edge calibrate`"
+            f"these are not the {evidence_in_words(before)} that the model's threshold was calibrated on; give those, "
+            "or calibrate the new engine afterwards with `recontrast-edge calibrate`"
+        )
+    if images.n_parts != before.n_good:
+        raise CalibrationError(
+            f"the model's threshold rests on {evidence_in_words(before)}, but here are {images.n_parts} parts; give "
+            "the data set or list that tells the parts, or calibrate the new engine afterwards"
         )
     return images, before

@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from recontrast_edge import __version__
-from recontrast_edge.calibration import promise_in_words
+from recontrast_edge.calibration import evidence_in_words, promise_in_words
 from recontrast_edge.evaluation import Evaluation, Metric, Rate, Scored
 from recontrast_edge.frame import Frame, Judgement
 from recontrast_edge.images import atomic_write, read_image
@@ -175,7 +175,7 @@ def _threshold_in_words(threshold: Threshold | None) -> list[str]:
     promise = promise_in_words(threshold)
     if promise is None:
         return [rule, "The threshold was set by hand: it promises nothing about how many good parts are rejected."]
-    return [rule, f"It rests on {threshold.n_good} good images of {threshold.data}.", *promise]
+    return [rule, f"It rests on {evidence_in_words(threshold)}.", *promise]
 
 
 def _histogram(evaluation: Evaluation) -> dict[str, Any]:
@@ -317,7 +317,7 @@ def _provenance(evaluation: Evaluation, provenance: Provenance) -> Sequence[tupl
     ]
     if threshold is not None and threshold.max_false_reject_rate is not None:
         entries += [
-            ("Threshold from", f"{threshold.data}: {threshold.n_good} good images, {threshold.method}"),
+            ("Threshold from", f"{evidence_in_words(threshold)}, {threshold.method}"),
             ("Those images' SHA-256", threshold.data_sha256 or "not recorded"),
         ]
     return entries

@@ -133,6 +133,16 @@ class Scoring(_Frozen):
     """Factor of the discriminator's probability in the map; None for a model without a discriminator."""
 
 
+class PartNames(_Frozen):
+    """How the file names of images tell which part they show."""
+
+    pattern: str
+    """Regular expression whose first group names the part."""
+    gap: Annotated[int, Field(ge=0)] | None = None
+    """The groups are numbers, and those that follow each other by at most this much are one part; None: equal groups
+    are."""
+
+
 class Threshold(_Frozen):
     """Where REJECT begins (``score > value``), and what it promises."""
 
@@ -142,7 +152,11 @@ class Threshold(_Frozen):
     confidence: Fraction | None = None
     """Probability, over the draw of the calibration images, that the promise holds."""
     n_good: Annotated[int, Field(ge=0)] = 0
-    """Good images the threshold was derived from."""
+    """Good parts the threshold was derived from; images, where each shows another part."""
+    n_images: Annotated[int, Field(ge=0)] | None = None
+    """Images of these parts; None where each shows another one."""
+    parts: PartNames | None = None
+    """What tells the images of a part, where the data itself does not."""
     data: str = ""
     """Name of the folder or list the images came from (no absolute path)."""
     data_sha256: Sha256 | None = None

@@ -38,7 +38,7 @@ def test_train_export_calibrate_eval_run(sample: Path, tmp_path: Path) -> None:
 
     command(
         *("train", sample, "--out", run, "--backbone", "efficientnet_lite0", "--size", "96x96", "--iterations", 4),
-        *("--batch", 4, "--holdout", 0.3, "--holdout-group", r"num_(\d+)"),
+        *("--batch", 4, "--holdout", 0.3, "--holdout-group", r"num_(\d+)", "--holdout-gap", 100),
     )
     command("export", run, "--out", engine, "--images", sample)
     command(

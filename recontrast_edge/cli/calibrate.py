@@ -12,14 +12,24 @@ from recontrast_edge.errors import UsageError
 
 if TYPE_CHECKING:
     from recontrast_edge.engines import Engine
-    from recontrast_edge.spec import Threshold
+    from recontrast_edge.spec import PartNames, Threshold
 
 
 @app.command("calibrate")
 def calibrate_command(
     engine: str = typer.Option(..., help="Model file (.onnx) to calibrate, or `demo` together with --dry-run."),
     good: Path | None = typer.Option(
-        None, help="Good images that training has not seen: a folder, or a text file with one path a line."
+        None,
+        help="Good images that training has not seen: a folder, or a text file with one path a line (and after a tab "
+        "the part it shows).",
+    ),
+    part: str | None = typer.Option(
+        None,
+        metavar="REGEX",
+        help="Expression on the file name whose first group names the part: images of one part count as one.",
+    ),
+    part_gap: int | None = typer.Option(
+        None, metavar="N", min=0, help="With --part: its groups are numbers, and those at most N apart are one part."
     ),
     max_false_reject_rate: float | None = typer.Option(
         None, metavar="R", help="Largest share of good parts that may be rejected; 0.01 is one percent."
@@ -37,18 +47,24 @@ def calibrate_command(
     """Set the threshold so that at most a share R of good parts is rejected, with confidence C."""
     from recontrast_edge.calibration import write_threshold
     from recontrast_edge.engines import DEMO, engine_path, open_engine
+    from recontrast_edge.spec import PartNames
 
     if (value is None) == (good is None):
         raise UsageError("give either --good with --max-false-reject-rate, or --value")
     if json_path is not None and good is None:
         raise UsageError("--json writes the scores of the images of --good; with --value there are none")
+    if part_gap is not None and part is None:
+        raise UsageError("--part-gap needs --part, which finds the numbers")
+    if part is not None and good is None:
+        raise UsageError("--part groups the images of --good; with --value there are none")
     if not dry_run and engine_path(engine).resolve() == engine_path(DEMO).resolve():
         raise UsageError("the demo model is part of the installation and is not changed; add --dry-run")
     with open_engine(engine, threads=threads) as opened:
         if good is not None:
             if max_false_reject_rate is None:
                 raise UsageError("--good needs --max-false-reject-rate, for example 0.01")
-            threshold = _promise(opened, good, max_false_reject_rate, confidence, json_path)
+            names = None if part is None else PartNames(pattern=part, gap=part_gap)
+            threshold = _promise(opened, good, names, max_false_reject_rate, confidence, json_path)
         else:
             threshold = _by_hand(opened, value, max_false_reject_rate)
         path, spec = opened.path, opened.spec
@@ -61,10 +77,15 @@ def calibrate_command(
 
 
 def _promise(
-    opened: Engine, good: Path, max_false_reject_rate: float, confidence: float, json_path: Path | None
+    opened: Engine,
+    good: Path,
+    names: PartNames | None,
+    max_false_reject_rate: float,
+    confidence: float,
+    json_path: Path | None,
 ) -> Threshold:
     from recontrast_edge.calibration import calibrate_engine, held_out, images_needed, percent, promise_in_words
-    from recontrast_edge.datasets import GOOD, find_dataset
+    from recontrast_edge.datasets import GOOD, alike, find_dataset
 
     needed_for_ten_times = images_needed(max_false_reject_rate / 10, confidence)
     dataset = find_dataset(good)
@@ -73,13 +94,26 @@ def _promise(
             f"{good} is a whole data set; calibrate on good images that training has not seen, "
             f"for example {good / 'test' / 'good'}"
         )
-    images = held_out(dataset.train_good, opened.spec)
+    images = held_out(dataset.train_good, opened.spec, names)
     if images.n_copies:
         typer.echo(f"{images.n_copies} image(s) are copies of others, byte for byte; each counts once.")
     if images.n_trained_on:
+        others = ", or on others of their parts" if images.of == "parts" else ""
         typer.echo(
-            f"warning: the model was trained on {images.n_trained_on} of these images. They are left out; "
+            f"warning: the model was trained on {images.n_trained_on} of these images{others}. They are left out; "
             f"{len(images.samples)} are left.",
+            err=True,
+        )
+    if images.n_parts < len(images.samples):
+        typer.echo(
+            f"{len(images.samples)} images show {images.n_parts} parts. The highest score of each counts: a part is "
+            "rejected with any of its images."
+        )
+    elif names is None and (pair := alike([sample.path.name for sample in images.samples])):
+        typer.echo(
+            f"warning: every image counts as another part, but by their names {pair[0]} and {pair[1]} may show the "
+            "same one. If they do, say which images show one part (--part, or a list with parts): several of one part "
+            "are no more evidence than one.",
             err=True,
         )
     found = calibrate_engine(
@@ -102,7 +136,7 @@ def _promise(
         typer.echo(sentence)
     more = needed_for_ten_times - calibration.n_good
     typer.echo(
-        f"A promise ten times better ({percent(max_false_reject_rate / 10)}) needs {needed_for_ten_times} images"
+        f"A promise ten times better ({percent(max_false_reject_rate / 10)}) needs {needed_for_ten_times} {images.of}"
         + (f", {more} more than these." if more > 0 else ", no more than these.")
     )
     if found.shift is not None and found.shift.like_training:

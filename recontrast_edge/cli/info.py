@@ -131,6 +131,8 @@ def _verdicts(proof: dict[str, Any]) -> str:
 
 
 def _spec(spec: ModelSpec) -> Iterator[tuple[str, str]]:
+    from recontrast_edge.calibration import evidence_in_words
+
     source, scoring, threshold, training = spec.input, spec.scoring, spec.threshold, spec.training
     yield "product", spec.class_name
     yield "backbone", spec.backbone
@@ -152,8 +154,8 @@ def _spec(spec: ModelSpec) -> Iterator[tuple[str, str]]:
     else:
         yield "threshold", f"{threshold.value:.6g}"
         promised = f"{100 * threshold.max_false_reject_rate:g} % of good parts rejected"
-        origin = f"from {threshold.n_good} good images of {threshold.data}"
-        yield "promise", f"at most {promised}, with {100 * threshold.confidence:g} % confidence, {origin}"
+        origin = evidence_in_words(threshold)
+        yield "promise", f"at most {promised}, with {100 * threshold.confidence:g} % confidence, from {origin}"
     if training.iterations:
         yield "training", f"{training.iterations} iterations on {training.n_images} images of {training.data}"
     if training.recipe:

@@ -56,6 +56,13 @@ def train_command(
         metavar="REGEX",
         help="Expression on the file name whose first group names the part; pictures of one part stay together.",
     ),
+    holdout_gap: int | None = typer.Option(
+        None,
+        "--holdout-gap",
+        metavar="N",
+        min=0,
+        help="With --holdout-group: its groups are numbers, and those at most N apart are one part.",
+    ),
     device: str = typer.Option("auto", "--device", help="auto, cpu, cuda or cuda:N."),
     workers: int | None = typer.Option(
         None, "--workers", min=0, help="Processes that prepare images; default: by device."
@@ -108,6 +115,7 @@ def train_command(
             "--class-name": class_name,
             "--holdout": holdout,
             "--holdout-group": holdout_group,
+            "--holdout-gap": holdout_gap is not None,
             "--suspects": suspects,
             "--max-minutes": max_minutes,
         }
@@ -121,6 +129,8 @@ def train_command(
         raise UsageError("train: expected the data set once, as argument or as --data")
     if suspects is not None and suspects.suffix != ".csv":
         raise UsageError(f"--suspects {suspects}: expected a file that ends in .csv")
+    if holdout_gap is not None and holdout_group is None:
+        raise UsageError("--holdout-gap needs --holdout-group, which finds the numbers")
     try:
         import torch  # noqa: F401
 
@@ -133,6 +143,8 @@ def train_command(
         raise MissingError(
             f"training needs {error.name}, which is not installed: pip install 'recontrast-edge[train]'"
         ) from None
+    from recontrast_edge.spec import PartNames
+
     overrides = parse_settings(settings)
     for key, value in (
         ("backbone", backbone),
@@ -152,7 +164,7 @@ def train_command(
         weights=weights if weights in ("imagenet", "random") else Path(weights),  # type: ignore[arg-type]
         class_name=class_name,
         holdout=holdout,
-        holdout_group=holdout_group,
+        part_names=None if holdout_group is None else PartNames(pattern=holdout_group, gap=holdout_gap),
         device=device,
         workers=workers,
         resume=resume,

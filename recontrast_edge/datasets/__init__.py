@@ -13,6 +13,7 @@ from pathlib import Path
 
 from recontrast_edge.datasets import aptos, isic2018, magnetic_tile, mvtec, oct2017, visa
 from recontrast_edge.datasets.base import GOOD, Dataset, Sample, image_files, natural_key
+from recontrast_edge.datasets.part_names import alike, parts_by_name, parts_of
 from recontrast_edge.datasets.plain import find_folder, find_list
 from recontrast_edge.datasets.reading import combined_sha256, data_sha256, file_sha256, mask_to_map, read_sample
 from recontrast_edge.errors import InputError
@@ -21,6 +22,7 @@ __all__ = [
     "GOOD",
     "Dataset",
     "Sample",
+    "alike",
     "combined_sha256",
     "data_sha256",
     "file_sha256",
@@ -28,6 +30,8 @@ __all__ = [
     "image_files",
     "mask_to_map",
     "natural_key",
+    "parts_by_name",
+    "parts_of",
     "read_sample",
 ]
 

@@ -29,11 +29,13 @@ class Sample:
         path: the image file.
         kind: ``good`` or the kind of defect.
         mask_paths: the defect's masks, all of which count; empty for good images and where there is no ground truth.
+        part: names the part that the image shows, where the data set says so.
     """
 
     path: Path
     kind: str = GOOD
     mask_paths: tuple[Path, ...] = ()
+    part: str | None = None
 
     @property
     def is_good(self) -> bool:

@@ -5,7 +5,7 @@
 Huang, Qiu, Yuan, "Surface defect saliency of magnetic tile", The Visual Computer 2020;
 https://github.com/abin24/Magnetic-tile-defect-datasets. Beside each photograph lies its mask, of the same name. The
 authors give no split. Each tile was photographed under up to six exposures, so images are split by tile: the numbers in
-the names of one tile's photographs lie close together.
+the names of one tile's photographs lie close together. Those without defect tell their tile as their part.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import re
 from pathlib import Path
 
 from recontrast_edge.datasets.base import Dataset, Sample, in_order, layout_error
+from recontrast_edge.datasets.part_names import first_of_run
 from recontrast_edge.errors import InputError
 
 TREE = """\
@@ -52,12 +53,12 @@ def find(root: Path) -> Dataset | None:
                 raise InputError(f"{image}: its mask is missing; expected {mask}")
             test.append(Sample(image, kind.lower(), (mask,)))
     training: list[Sample] = []
-    previous, group = None, -1
-    for image in sorted(_photographs(folders["Free"]), key=_number):
-        number = _number(image)
-        group += previous is None or number - previous > TILE_GAP
-        previous = number
-        (test if group % TEST_EVERY == TEST_EVERY - 1 else training).append(Sample(image))
+    photographs = _photographs(folders["Free"])
+    first_numbers = first_of_run([_number(image) for image in photographs], TILE_GAP)
+    tile_of = {first: tile for tile, first in enumerate(sorted(set(first_numbers)))}
+    for image, first in zip(photographs, first_numbers, strict=True):
+        is_test = tile_of[first] % TEST_EVERY == TEST_EVERY - 1
+        (test if is_test else training).append(Sample(image, part=f"tile {first}"))
     return Dataset(root, root.resolve().name, in_order(training), in_order(test), expected=TREE)
 
 

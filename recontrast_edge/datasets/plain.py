@@ -28,27 +28,28 @@ def find_folder(root: Path) -> Dataset:
 def find_list(path: Path) -> Dataset:
     """The good images that a text file lists.
 
-    One path a line, UTF-8, relative to the file; empty lines and lines that begin with ``#`` are skipped.
+    One path a line, UTF-8, relative to the file, and, after a tab, the part that the image shows, if that is known;
+    empty lines and lines that begin with ``#`` are skipped.
 
     Raises:
         InputError: no text, no images, or one that does not exist.
     """
     if path.suffix.lower() in IMAGE_SUFFIXES:
         raise InputError(f"{path}: is an image; expected a folder of images or a text file that lists them")
-    images: list[Path] = []
-    for number, entry in list_entries(path):
+    samples: list[Sample] = []
+    for number, entry, part in list_entries(path):
         image = path.parent / entry
         if "\0" in entry or not image.is_file():
             raise InputError(
                 f"{path}, line {number}: no such image {entry!r} (paths are relative to the list's folder)"
             )
-        images.append(image)
-    samples = tuple(Sample(image) for image in sorted(images, key=lambda image: natural_key(str(image))))
-    return Dataset(path, path.stem, samples, (), expected=TREE)
+        samples.append(Sample(image, part=part))
+    samples.sort(key=lambda sample: natural_key(str(sample.path)))
+    return Dataset(path, path.stem, tuple(samples), (), expected=TREE)
 
 
-def list_entries(path: Path) -> list[tuple[int, str]]:
-    """Line number and text of each entry of a list: one a line, UTF-8, without empty lines and ``#`` comments.
+def list_entries(path: Path) -> list[tuple[int, str, str | None]]:
+    """Line number, path and part of each entry of a list: one a line, UTF-8, without empty lines and ``#`` comments.
 
     Raises:
         InputError: it cannot be read, is no text, or has no entry.
@@ -60,7 +61,11 @@ def list_entries(path: Path) -> list[tuple[int, str]]:
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
     stripped = ((number, line.strip()) for number, line in enumerate(lines, start=1))
-    entries = [(number, entry) for number, entry in stripped if entry and not entry.startswith("#")]
+    entries = []
+    for number, line in stripped:
+        if line and not line.startswith("#"):
+            entry, _, part = (text.strip() for text in line.partition("\t"))
+            entries.append((number, entry, part or None))
     if not entries:
         raise InputError(f"{path}: lists no images; expected one image path a line")
     return entries

@@ -51,7 +51,7 @@ def open_list(uri: str) -> ImageSource:
         InputError: no text file, or one without entries.
     """
     path = Path(uri.removeprefix("list:"))
-    return ImageSource(uri, [path.parent / entry for _, entry in list_entries(path)])
+    return ImageSource(uri, [path.parent / entry for _, entry, _ in list_entries(path)])
 
 
 class ImageSource:

@@ -254,6 +254,9 @@ class TestMagneticTile:
         assert kinds(dataset) == {"good": 2, "blowhole": 1, "break": 1, "crack": 1, "fray": 1, "uneven": 1}
         assert names(dataset.test[:2]) == ["exp1_num_4020.jpg", "exp2_num_4040.jpg"]
         assert len(dataset.train_good) == 10
+        tiles = {sample.path.name: sample.part for sample in (*dataset.train_good, *dataset.test[:2])}
+        assert len(set(tiles.values())) == 6
+        assert tiles["exp1_num_4020.jpg"] == tiles["exp2_num_4040.jpg"]
 
     def test_what_is_refused(self, tmp_path: Path) -> None:
         root = archives.magnetic_tile(tmp_path / "tiles")

@@ -58,7 +58,9 @@ def test_photographs_of_one_part_break_the_promise(tmp_path: Path) -> None:
     assert "| one image a part | 30 | 10 % | 90 % |" in done.stdout
     content = json.loads(out.read_text())
     assert (content["images"], content["parts"]) == (360, 60)
-    one, every, by_image = content["rows"]
+    highest, one, every, by_image = content["rows"]
+    assert (highest["n_calibration"], highest["n_unseen"]) == (30, 30)
+    assert highest["broken"] == pytest.approx(highest["broken_if_independent"], abs=0.08)
     # Independent: as expected. Six photographs counted as six parts: the promise is broken far more often than that.
     assert one["broken"] == pytest.approx(one["broken_if_independent"], abs=0.08)
     assert every["broken"] > every["broken_if_independent"] + 0.1
@@ -86,7 +88,7 @@ def test_bad_input_is_told(
         ((scores,), "too few to promise 5 %, which needs 59"),
         ((other,), "expected a file of `eval --json`"),
         ((tmp_path / "none.json",), "cannot be read"),
-        ((scores, "--part", "tile(.)"), "does not match --part"),
+        ((scores, "--part", "tile(.)"), "does not match"),
         ((scores, "--part", "(n)um", "--gap", 3), "needs numbers"),
         ((scores, "--max-false-reject-rate", 7), "between 0 and 1"),
         ((scores, "--splits", 0), "at least 1"),

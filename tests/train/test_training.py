@@ -17,9 +17,9 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="needs the train extra")
 
-from recontrast_edge.datasets import file_sha256  # noqa: E402
+from recontrast_edge.datasets import Sample, file_sha256, find_dataset, parts_of  # noqa: E402
 from recontrast_edge.errors import InputError, MissingError, ModelError, UsageError  # noqa: E402
-from recontrast_edge.spec import InputSpec, ModelSpec  # noqa: E402
+from recontrast_edge.spec import InputSpec, ModelSpec, PartNames  # noqa: E402
 from recontrast_train import data as data_module  # noqa: E402
 from recontrast_train import fit as training_loop  # noqa: E402
 from recontrast_train.data import GoodImages, balanced_batches, batches, split_holdout  # noqa: E402
@@ -229,20 +229,17 @@ class TestData:
         assert whole != list(balanced_batches(categories, 4, seed=6, start=0, stop=15))
 
     def test_a_part_is_held_out_as_a_whole(self) -> None:
-        paths = [Path(f"part{part}_{picture}.png") for part in range(10) for picture in range(6)]
-        training, held = split_holdout(paths, 0.2, seed=0, group=r"part(\d+)")
+        samples = [Sample(Path(f"part{part}_{picture}.png")) for part in range(10) for picture in range(6)]
+        parts = parts_of(samples, PartNames(pattern=r"part(\d+)"))
+        training, held = split_holdout(samples, 0.2, seed=0, parts=parts)
         assert len(held) == 12
         assert len(training) == 48
-        assert not {path.name.split("_")[0] for path in training} & {path.name.split("_")[0] for path in held}
+        assert not {each.path.name.split("_")[0] for each in training} & {each.path.name.split("_")[0] for each in held}
 
     def test_holdout_refuses_what_cannot_be(self) -> None:
-        paths = [Path(f"{index}.png") for index in range(3)]
+        samples = [Sample(Path(f"{index}.png")) for index in range(3)]
         with pytest.raises(InputError, match="leaves none"):
-            split_holdout(paths, 0.9, seed=0, group=None)
-        with pytest.raises(UsageError, match="does not match"):
-            split_holdout(paths, 0.3, seed=0, group=r"part(\d+)")
-        with pytest.raises(UsageError, match="not a regular expression"):
-            split_holdout(paths, 0.3, seed=0, group="(")
+            split_holdout(samples, 0.9, seed=0, parts=["0", "1", "2"])
 
 
 OVERRIDES = {"backbone": "efficientnet_lite0", "size_wh": [SIZE, SIZE], "iterations": 3, "batch": 2}
@@ -254,7 +251,7 @@ def options(data: Path, out: Path, **changes: object) -> TrainOptions:
 
 def test_a_whole_run(data: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    spec = train(options(data, out, holdout=0.34, holdout_group=r"(part\d+)"))
+    spec = train(options(data, out, holdout=0.34, part_names=PartNames(pattern=r"(part\d+)")))
     _, loaded = load_run(out)
     assert loaded == spec
     assert spec.class_name == "washers"
@@ -275,13 +272,18 @@ def test_a_whole_run(data: Path, tmp_path: Path) -> None:
     report = (out / "report.html").read_text()
     assert "washers" in report
     assert spec.weights_sha256 in report
-    assert len([line for line in (out / "holdout.txt").read_text().splitlines() if not line.startswith("#")]) == 2
+    listed = [line for line in (out / "holdout.txt").read_text().splitlines() if not line.startswith("#")]
+    assert len(listed) == 2
+    # Both of one part, which the list tells to whoever calibrates on it.
+    (part,) = {sample.part for sample in find_dataset(out / "holdout.txt").train_good}
+    assert part is not None
+    assert all(line.endswith(f"\t{part}") and f"{part}_" in line for line in listed)
     assert not (out / "checkpoint.safetensors").exists()
 
     with pytest.raises(UsageError, match="already holds a finished run"):
         train(options(data, out))
     (out / "metrics.json").unlink()
-    same = {"holdout": 0.34, "holdout_group": r"(part\d+)", "resume": True}
+    same = {"holdout": 0.34, "part_names": PartNames(pattern=r"(part\d+)"), "resume": True}
     train(options(data, out, **same))
     assert (out / "metrics.json").exists()
     with pytest.raises(UsageError, match="finished training with other images"):

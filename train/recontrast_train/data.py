@@ -6,7 +6,6 @@ loader = make_loader(Augmentation(GoodImages(paths, input_spec), recipe), order,
 
 from __future__ import annotations
 
-import re
 import signal
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +19,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from recontrast_edge.errors import InputError, UsageError
+from recontrast_edge.datasets import Sample
+from recontrast_edge.errors import InputError
 from recontrast_edge.images import read_image
 from recontrast_edge.preprocess import Image, preprocess
 from recontrast_edge.spec import InputSpec
@@ -195,44 +195,30 @@ def _start_worker(number: int) -> None:
 
 
 def split_holdout(
-    paths: Sequence[Path], fraction: float, *, seed: int, group: str | None
-) -> tuple[list[Path], list[Path]]:
+    samples: Sequence[Sample], fraction: float, *, seed: int, parts: Sequence[str]
+) -> tuple[list[Sample], list[Sample]]:
     """Set good images aside for calibration.
 
     Args:
-        paths: all good images.
-        fraction: share of the groups to hold out, 0 <= fraction < 1.
+        samples: all good images.
+        fraction: share of the parts to hold out, 0 <= fraction < 1.
         seed: of the draw.
-        group: regular expression whose first group names the part an image shows; images of one part stay together,
-            because pictures of a part that was trained on are no fresh evidence. None: every image is its own part.
+        parts: the part that each image shows; images of one part stay together, because pictures of a part that was
+            trained on are no fresh evidence.
 
     Returns:
         (training, held out), both in the given order.
 
     Raises:
-        UsageError: bad expression, or one that does not match an image's name.
         InputError: nothing would be left to train on.
     """
     if fraction == 0.0:
-        return list(paths), []
-    keys = [_group_key(path, group) for path in paths]
-    names = sorted(set(keys))
+        return list(samples), []
+    names = sorted(set(parts))
     count = max(1, round(len(names) * fraction))
     if count >= len(names):
         raise InputError(f"holding out {fraction:.0%} of {len(names)} parts leaves none to train on; give more images")
     drawn = {names[index] for index in np.random.default_rng([seed, 1]).permutation(len(names))[:count]}
-    train = [path for path, key in zip(paths, keys, strict=True) if key not in drawn]
-    held = [path for path, key in zip(paths, keys, strict=True) if key in drawn]
+    train = [sample for sample, part in zip(samples, parts, strict=True) if part not in drawn]
+    held = [sample for sample, part in zip(samples, parts, strict=True) if part in drawn]
     return train, held
-
-
-def _group_key(path: Path, group: str | None) -> str:
-    if group is None:
-        return str(path)
-    try:
-        match = re.search(group, path.name)
-    except re.error as error:
-        raise UsageError(f"--holdout-group {group!r}: not a regular expression ({error})") from None
-    if match is None or not match.groups():
-        raise UsageError(f"--holdout-group {group!r}: does not match {path.name!r} with a group, e.g. 'part(\\d+)'")
-    return match.group(1)

@@ -13,7 +13,7 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -26,11 +26,11 @@ from rich.table import Table
 from recontrast_edge import __version__
 from recontrast_edge.artifact import METRICS_FILE, SPEC_FILE, WEIGHTS_FILE
 from recontrast_edge.cli.evaluate import show_evaluation
-from recontrast_edge.datasets import Dataset, Sample, data_sha256, find_dataset
+from recontrast_edge.datasets import Dataset, Sample, alike, data_sha256, find_dataset, parts_of
 from recontrast_edge.errors import InputError, UsageError
 from recontrast_edge.evaluation import evaluate
 from recontrast_edge.images import atomic_write
-from recontrast_edge.spec import InputSpec, Level, ModelSpec, Scoring, Training
+from recontrast_edge.spec import InputSpec, Level, ModelSpec, PartNames, Scoring, Training
 from recontrast_train.backbones import Weights, backbone, load_weights
 from recontrast_train.data import GoodImages, split_holdout
 from recontrast_train.distributed import all_or_none, choose_device, is_main, world_size
@@ -57,7 +57,8 @@ class TrainOptions:
         weights: ``imagenet``, ``random`` or a file.
         class_name: name of the product; None for the data's name.
         holdout: share of the good images to set aside for calibration.
-        holdout_group: expression naming the part an image shows.
+        part_names: how the images' names tell which part they show; None: as the data set says, and else each image
+            shows another.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         workers: processes that prepare images; None chooses.
         resume: go on from the run folder's checkpoint.
@@ -73,7 +74,7 @@ class TrainOptions:
     weights: Weights = "imagenet"
     class_name: str | None = None
     holdout: float = 0.0
-    holdout_group: str | None = None
+    part_names: PartNames | None = None
     device: str = "auto"
     workers: int | None = None
     resume: bool = False
@@ -84,12 +85,16 @@ class TrainOptions:
 
 @dataclass(frozen=True)
 class _Training:
-    """What is trained on: image files, the category of each, and the good images kept out."""
+    """What is trained on: image files, the category of each, and the good images kept out.
+
+    ``alike`` are two of the names that may show one part, where nothing says which do.
+    """
 
     paths: list[Path]
     categories: list[str]
-    held_out: list[Path]
+    held_out: list[Sample]
     sha256: str
+    alike: tuple[str, str] | None
 
 
 @dataclass(frozen=True)
@@ -146,6 +151,12 @@ def train(options: TrainOptions, dataset: Dataset | None = None, console: Consol
     if training.held_out:
         count = len(training.held_out)
         console.print(f"Held out for calibration: {count} images, listed in {options.out / HOLDOUT_FILE}")
+    if training.alike:
+        console.print(
+            f"warning: every image was taken for another part, but by their names {training.alike[0]} and "
+            f"{training.alike[1]} may show the same one. If they do, hold out by part: --holdout-group",
+            markup=False,
+        )
     return spec
 
 
@@ -154,18 +165,24 @@ def _choose(dataset: Dataset, options: TrainOptions, recipe: Recipe) -> _Trainin
     dataset.training_samples()
     paths: list[Path] = []
     categories: list[str] = []
-    held_out: list[Path] = []
+    held_out: list[Sample] = []
+    pair: tuple[str, str] | None = None
     for category in dataset.categories or (dataset,):
-        good = [sample.path for sample in category.train_good]
-        chosen, held = split_holdout(good, options.holdout, seed=recipe.seed, group=options.holdout_group)
-        paths += chosen
+        good = category.train_good
+        parts = parts_of(good, options.part_names)
+        if len(set(parts)) < len(parts):
+            good = tuple(replace(sample, part=part) for sample, part in zip(good, parts, strict=True))
+        elif options.holdout and options.part_names is None:
+            pair = pair or alike([sample.path.name for sample in good])
+        chosen, held = split_holdout(good, options.holdout, seed=recipe.seed, parts=parts)
+        paths += [sample.path for sample in chosen]
         categories += [category.name] * len(chosen)
-        held_out += [*held, *(sample.path for sample in category.validation_good)]
+        held_out += [*held, *category.validation_good]
     if len(paths) < 2:
         raise InputError(
             f"{options.data}: {len(paths)} good image to train on, expected at least 2 (dozens, better hundreds)"
         )
-    return _Training(paths, categories, held_out, data_sha256([Sample(path) for path in paths]))
+    return _Training(paths, categories, held_out, data_sha256([Sample(path) for path in paths]), pair)
 
 
 def input_spec(recipe: Recipe) -> InputSpec:
@@ -336,10 +353,13 @@ def _level_weights(model: ReContrast, images: GoodImages, recipe: Recipe) -> tup
     return tuple(float(weight / spread) for weight, spread in zip(recipe.level_weights, spreads, strict=True))
 
 
-def _write_holdout(out: Path, held_out: list[Path]) -> None:
-    # Relative to the list, so that a project folder can move as a whole.
+def _write_holdout(out: Path, held_out: list[Sample]) -> None:
     out.mkdir(parents=True, exist_ok=True)
-    lines = [os.path.relpath(path.resolve(), out.resolve()) for path in held_out]
+    lines = []
+    for sample in held_out:
+        # Relative to the list, so that a project folder can move as a whole.
+        path = os.path.relpath(sample.path.resolve(), out.resolve())
+        lines.append(path if sample.part is None else f"{path}\t{sample.part}")
     with atomic_write(out / HOLDOUT_FILE) as file:
         file.write(
             ("# good images kept out of training, for `recontrast-edge calibrate`\n" + "\n".join(lines) + "\n").encode()
