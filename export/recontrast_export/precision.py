@@ -28,7 +28,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from recontrast_edge.datasets import combined_sha256, file_sha256, find_dataset
+from recontrast_edge.datasets import combined_sha256, file_sha256, find_dataset, mask_to_map
 from recontrast_edge.errors import InputError, ModelError, UsageError
 from recontrast_edge.images import read_image
 from recontrast_edge.int8 import LOGITS
@@ -38,6 +38,7 @@ from recontrast_edge.preprocess import Geometry, Image, preprocess
 from recontrast_edge.proof import Calibration, Conversion
 from recontrast_edge.scoring import INPUT_NAME
 from recontrast_edge.spec import InputSpec
+from recontrast_edge.tiling import canvas, tiles
 from recontrast_export.defects import paste_defect
 from recontrast_export.graph import feature_names
 from recontrast_export.parity import spread
@@ -90,12 +91,16 @@ class CalibrationImages:
         Raises:
             InputError: a damaged image, or one without the model's ROI.
         """
+        image, pasted, _ = self._pair(index, defect)
+        return image, pasted
+
+    def _pair(self, index: int, defect: int) -> tuple[Image, Image, NDArray[np.bool_]]:
         image = read_image(self.paths[index])
         Geometry.of(self.spec, image)
-        return image, paste_defect(image, index=defect, roi=self.spec.roi)[0]
+        return image, *paste_defect(image, index=defect, roi=self.spec.roi)
 
     def tensors(self, progress: Progress | None = None) -> Iterator[NDArray[np.float32]]:
-        """Each image and each copy, in turn, as (1, 3, H, W) float32, normalised.
+        """Each image and each copy, in turn, as (1, 3, H, W) float32, normalised; of tiles, the one with the defect.
 
         Args:
             progress: told after each pair.
@@ -106,12 +111,21 @@ class CalibrationImages:
         if progress is not None:
             progress.start(_CALIBRATION_PHASE, None, len(self.paths))
         for index in range(len(self.paths)):
-            for image in self.pair(index, defect=index):
-                yield preprocess(image, self.spec)[None]
+            *images, mask = self._pair(index, index)
+            for image in images:
+                yield preprocess(_tile_with(mask, image, self.spec), self.spec.of_tile)[None]
             if progress is not None:
                 progress.step(_CALIBRATION_PHASE, index)
         if progress is not None:
             progress.finish(_CALIBRATION_PHASE)
+
+
+def _tile_with(mask: NDArray[np.bool_], image: Image, spec: InputSpec) -> Image:
+    """The tile that shows most of the mask; without tiles, the image."""
+    if not spec.is_tiled:
+        return image
+    shown = [np.count_nonzero(tile) for tile in tiles(mask_to_map(mask, spec).view(np.uint8), spec)]
+    return tiles(canvas(image, spec), spec)[int(np.argmax(shown))]
 
 
 def read_calibration_images(path: Path, spec: InputSpec) -> CalibrationImages:

@@ -132,7 +132,7 @@ class Prover:
         self.images = images
         self._progress = progress
         self._spec = reference.spec
-        width, height = self._spec.input.size_wh
+        width, height = self._spec.input.map_wh
         shape = (len(images.samples), height, width)
         with tempfile.TemporaryFile() as file:
             self._maps: NDArray[np.float32] = np.memmap(file, np.float32, "w+", shape=shape)

@@ -24,6 +24,7 @@ from recontrast_edge.preprocess import preprocess  # noqa: E402
 from recontrast_edge.spec import InputSpec, ModelSpec, Roi  # noqa: E402
 from recontrast_edge.synthetic import write_dataset  # noqa: E402
 from recontrast_edge.tiling import canvas, tiles  # noqa: E402
+from recontrast_export.precision import read_calibration_images  # noqa: E402
 from recontrast_train import data as data_module  # noqa: E402
 from recontrast_train.backbones import backbone  # noqa: E402
 from recontrast_train.data import GoodImages  # noqa: E402
@@ -63,6 +64,15 @@ def test_what_is_trained_on_are_the_tiles_of_each_image(
             image, tile = paths[index // 6], index % 6
             expected = preprocess(tiles(canvas(read_image(image), spec), spec)[tile], spec.of_tile)
             np.testing.assert_array_equal(images[index].numpy(), expected)
+
+
+def test_int8_ranges_are_taken_from_the_tile_with_the_defect(parts: Path) -> None:
+    images = read_calibration_images(parts / "test" / "good", TILED)
+    tensors = list(images.tensors())
+    assert len(tensors) == 16
+    for good, pasted in zip(tensors[::2], tensors[1::2], strict=True):
+        assert good.shape == pasted.shape == (1, 3, 64, 64)
+        assert not np.array_equal(good, pasted)
 
 
 def test_suspects_are_images_by_their_most_suspicious_tile(parts: Path) -> None:
