@@ -47,9 +47,9 @@ TOLERANCES: dict[Storage, Tolerance] = {
     "fp16": Tolerance(map_error=5e-3, tie=1e-2),
 }
 
-INT8_TOLERANCE = Tolerance(map_error=2e-2, tie=2e-2)
+INT8_TOLERANCE = Tolerance(map_error=5e-2, tie=5e-2)
 """For a model that was fine-tuned for INT8: where two ways of adding up the same numbers end on either side of the
-middle between two steps, a value differs by a whole step."""
+middle between two steps, a value differs by a whole step. Maps were seen to differ by 1 to 3 % of their range."""
 
 
 def export_onnx(

@@ -39,6 +39,7 @@ pytest.importorskip("onnxsim", reason="needs the export extra")
 stats = pytest.importorskip("scipy.stats", reason="needs the dev extra")
 
 from recontrast_export import quantize as quantize_module  # noqa: E402
+from recontrast_export import sensitivity  # noqa: E402
 from recontrast_export.budget import METRICS, Budget  # noqa: E402
 from recontrast_export.defects import paste_defect  # noqa: E402
 from recontrast_export.onnx_export import build_onnx  # noqa: E402
@@ -535,6 +536,7 @@ def test_where_no_int8_graph_keeps_the_budget_fp16_is_written(
     model: Path, good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Only good images: their defects are pasted."""
+    monkeypatch.setattr(sensitivity, "_MAX_RUNGS", 2)
     out = tmp_path / "fallback.onnx"
     arguments = ["quantize", model, "--out", out, "--calibration", good, "--validation", good, "--parts", "decoder"]
     assert run_cli(monkeypatch, *arguments, "--budget", "map_correlation>=0.99995") == EXIT_FELL_BACK
@@ -553,7 +555,10 @@ def test_where_no_int8_graph_keeps_the_budget_fp16_is_written(
     assert json.loads(capsys.readouterr().out)["details"]["proof"] == json.loads(record.dumps())["proof"]
 
 
-def test_nothing_is_written_where_not_even_fp16_keeps_the_budget(model: Path, good: Path, tmp_path: Path) -> None:
+def test_nothing_is_written_where_not_even_fp16_keeps_the_budget(
+    model: Path, good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sensitivity, "_MAX_RUNGS", 2)
     out = tmp_path / "out" / "a.onnx"
     with pytest.raises(GateError, match=r"FP16 graph, ONNX Runtime is over its budget .*map_error is"):
         quantize(
