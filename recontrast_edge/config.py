@@ -320,7 +320,8 @@ def _read(path: Path) -> tuple[str, int]:
     if len(data) > MAX_BYTES:
         raise InputError(f"{path}: larger than {MAX_BYTES} bytes; expected a configuration file")
     try:
-        return data.decode(), stat.S_IMODE(status.st_mode)
+        # Editors on Windows put a byte order mark first.
+        return data.decode("utf-8-sig"), stat.S_IMODE(status.st_mode)
     except UnicodeDecodeError as error:
         line = data[: error.start].count(b"\n") + 1
         raise InputError(f"{path}:{line}: expected UTF-8 text") from None

@@ -200,6 +200,7 @@ class WatchSource:
             since_s = now_s - self._changed_s
             self._relist_s = now_s + max(POLL_S, since_s) if since_s < RELIST_S else -math.inf
         for candidate in list(self._candidates.values()):
+            self._check_wanted()
             stamp = _stamp(candidate.path)
             if stamp is None:
                 del self._candidates[candidate.path.name]
@@ -213,6 +214,7 @@ class WatchSource:
         try:
             with os.scandir(self._folder) as entries:
                 for entry in entries:
+                    self._check_wanted()
                     name, inode = entry.name, entry.inode()
                     known = self._seen.get(name)
                     if known is not None and known[0] == inode:
@@ -229,6 +231,11 @@ class WatchSource:
         except OSError as error:
             raise _gone(self._folder, error) from None
         self._seen = present
+
+    def _check_wanted(self) -> None:
+        """To look at all files of a large folder on a share takes minutes, which nobody may have to wait for."""
+        if self._closed.is_set():
+            raise EndOfStream
 
     def _wanted(self, entry: os.DirEntry[str]) -> bool:
         return (

@@ -149,6 +149,15 @@ def test_files_that_are_none(tmp_path: Path, data: bytes, message: str) -> None:
         load_config(path, {})
 
 
+def test_as_an_editor_on_windows_saves_it(tmp_path: Path) -> None:
+    path = tmp_path / "line.toml"
+    path.write_bytes(b"\xef\xbb\xbf" + BASE.replace("\n", "\r\n").encode())
+    assert load_config(path, {}).cameras["top"].source == "usb:0"
+    path.write_bytes(b"\xef\xbb\xbf" + BASE.replace("engine", "engin").replace("\n", "\r\n").encode())
+    with pytest.raises(UsageError, match=r"line.toml:2: products.a.engin: unknown key"):
+        load_config(path, {})
+
+
 def test_paths_that_are_no_files(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "fifo")
     for path in (tmp_path, tmp_path / "absent", tmp_path / "fifo"):

@@ -355,6 +355,31 @@ def test_a_large_folder_costs_nothing_while_nothing_changes(folder: Path, monkey
         assert values(read(source, 1)) == [5]
 
 
+@pytest.mark.parametrize("looks", [1, 3])
+def test_close_wakes_a_reader_that_looks_at_a_large_folder(folder: Path, monkeypatch, looks: int) -> None:
+    """On a share that takes its time for each file, here from the first or third look at each on."""
+    for number in range(100):
+        write(folder / f"{number}.png", number)
+    stamp, looked = watch._stamp, itertools.count(1)
+    begun = threading.Event()
+
+    def slow_stamp(path: Path) -> tuple[int, int] | None:
+        if next(looked) > 100 * (looks - 1):
+            begun.set()
+            time.sleep(0.1)
+        return stamp(path)
+
+    monkeypatch.setattr(watch, "_stamp", slow_stamp)
+    source = open_source(f"watch:{folder}?existing=first&settle_s=60")
+    closer = threading.Thread(target=lambda: begun.wait() and source.close())
+    closer.start()
+    started_s = time.monotonic()
+    with pytest.raises(EndOfStream):
+        read(source, 1, timeout_s=20.0)
+    assert time.monotonic() - started_s < 5.0, "it takes 10 s to look at all"
+    closer.join()
+
+
 def test_close_wakes_the_reader(folder: Path) -> None:
     source = open_source(f"watch:{folder}")
     threading.Timer(0.1, source.close).start()
