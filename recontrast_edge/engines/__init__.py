@@ -31,7 +31,7 @@ class Inference:
     """What an engine found in a batch.
 
     Attributes:
-        maps: (N, height, width) float32 anomaly maps at the network's size; (0, height, width) where the engine was
+        maps: (N, height, width) float32 anomaly maps of ``InputSpec.map_wh``; (0, height, width) where the engine was
             told that nobody wants them.
         scores: (N,) float32 image scores.
         stage_ms: milliseconds a stage for the whole batch, e.g. ``preprocess`` and ``infer``.

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
@@ -40,6 +40,7 @@ def write_parts(folder: Path, brightness: Sequence[Sequence[int]]) -> Path:
     return folder
 
 
+@settings(max_examples=60, deadline=None)
 @given(st.lists(st.integers(0, 3000), min_size=1, max_size=40), st.integers(0, 200))
 def test_numbers_that_follow_each_other_closely_are_one_part(numbers: list[int], gap: int) -> None:
     parts = parts_by_name([f"num_{number}.png" for number in numbers], PartNames(pattern=r"num_(\d+)", gap=gap))

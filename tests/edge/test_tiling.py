@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
@@ -48,6 +48,7 @@ def noise(height: int, width: int, *channels: int) -> Image:
     return np.random.default_rng(height * width).integers(0, 256, (height, width, *channels), dtype=np.uint8)
 
 
+@settings(max_examples=100, deadline=None)
 @given(st.data())
 def test_every_pixel_is_covered_and_no_tile_lies_outside(data: st.DataObject) -> None:
     size = data.draw(st.integers(1, 300))
@@ -67,6 +68,7 @@ def test_every_pixel_is_covered_and_no_tile_lies_outside(data: st.DataObject) ->
     np.testing.assert_allclose(total, 1.0, atol=1e-6)
 
 
+@settings(max_examples=40, deadline=None)
 @given(st.integers(32, 90), st.integers(32, 90), st.integers(0, 16), st.booleans())
 def test_a_map_that_is_cut_and_merged_is_the_map(width: int, height: int, overlap: int, colour: bool) -> None:
     input_spec = InputSpec(
