@@ -28,6 +28,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from spread import percent_and_spread
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -269,16 +270,12 @@ def table(records: Sequence[dict[str, Any]]) -> str:
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
 
-    def spread(values: Sequence[float | None]) -> str:
-        known = [100 * value for value in values if value is not None]
-        if not known:
-            return "-"
-        deviation = f" ± {np.std(known, ddof=1):.1f}" if len(known) > 1 else ""
-        return f"{np.mean(known):.1f}{deviation}"
-
     for name in dict.fromkeys(record["method"] for record in records):
         rows = [record for record in records if record["method"] == name]
-        cells = [spread([row["metrics"][key] for row in rows]) for key in ("i_auroc", "p_auroc", "aupro", "aupro_5")]
+        cells = [
+            percent_and_spread([row["metrics"][key] for row in rows])
+            for key in ("i_auroc", "p_auroc", "aupro", "aupro_5")
+        ]
         seconds = f"{np.median([row['train_s'] for row in rows]):.0f}"
         milliseconds = f"{np.median([row['infer_ms']['p50'] for row in rows]):.0f}"
         lines.append(f"| {name} | {len(rows)} | {' | '.join(cells)} | {seconds} | {milliseconds} |")
@@ -286,7 +283,7 @@ def table(records: Sequence[dict[str, Any]]) -> str:
     lines += ["", f"| I-AUROC % | {' | '.join(kinds)} |", f"| --- |{' ---: |' * len(kinds)}"]
     for name in dict.fromkeys(record["method"] for record in records):
         rows = [record for record in records if record["method"] == name]
-        cells = [spread([row["kinds"][kind]["i_auroc"] for row in rows]) for kind in kinds]
+        cells = [percent_and_spread([row["kinds"][kind]["i_auroc"] for row in rows]) for kind in kinds]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 

@@ -1,14 +1,14 @@
 """How good a model is that was trained on few good images, or on images that are not all good.
 
-    python benchmarks/fewshot.py magnetic_tile --out build/fewshot --recipe edge --part 'num_(\\d+)'
+    python benchmarks/fewshot.py magnetic_tile --out build/fewshot --recipe edge --part 'num_(\\d+)' --part-gap 100
 
 For each seed, the training images are shuffled once; a row with n images has the first n of them, so each row adds to
 the one before. With ``--part``, images of one part stay together, so that 10 images are not one part photographed ten
 times: the first n are taken after the parts were shuffled, one image of each part in turn.
 
 Dirty rows have all training images, of which a share is replaced by defective test images. As many as the dirtiest row
-needs are drawn, part by part, and taken out of the test set of every row, so that all rows are tested on the same
-images and never on one that was trained on. Dirty rows also say how ``train --suspects`` ranks what was slipped in, as
+needs are drawn, one part after the other with all of its images, and those parts are taken out of the test set of every
+row, so that all rows are tested on the same images and never on a part that was trained on. Dirty rows also say how ``train --suspects`` ranks what was slipped in, as
 average precision: 1 where all of it comes first.
 
 The last iteration counts, nothing is chosen by the test images. A row that has finished is not run again, one that was
@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import re
 import sys
 from collections import defaultdict
 from collections.abc import Sequence
@@ -31,13 +30,15 @@ from typing import Any
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from spread import percent_and_spread
 
-from recontrast_edge.datasets import Dataset, Sample, find_dataset
+from recontrast_edge.datasets import Dataset, Sample, find_dataset, parts_of
 from recontrast_edge.doctor import machine_facts
 from recontrast_edge.errors import InputError, RecontrastError, UsageError
 from recontrast_edge.evaluation import evaluate
 from recontrast_edge.images import atomic_write
 from recontrast_edge.metrics import average_precision
+from recontrast_edge.spec import PartNames
 from recontrast_train.backbones import backbone, load_weights
 from recontrast_train.data import GoodImages
 from recontrast_train.fit import TrainingStoppedError
@@ -66,30 +67,24 @@ class Row:
         return round(self.dirty * self.count)
 
 
-def shuffled(samples: Sequence[Sample], part: str | None, rng: np.random.Generator) -> list[Sample]:
+def shuffled(samples: Sequence[Sample], names: PartNames | None, rng: np.random.Generator) -> list[Sample]:
     """In random order, the parts' first images before their second ones."""
-    if part is None:
-        return [samples[index] for index in rng.permutation(len(samples))]
-    parts = by_part(samples, part)
+    parts = by_part(samples, names)
     for images in parts.values():
         rng.shuffle(images)  # type: ignore[arg-type]
-    names = list(parts)
-    order = [parts[names[index]] for index in rng.permutation(len(names))]
+    order = [list(parts.values())[index] for index in rng.permutation(len(parts))]
     return [images[turn] for turn in range(max(map(len, order))) for images in order if turn < len(images)]
 
 
-def by_part(samples: Sequence[Sample], part: str) -> dict[str, list[Sample]]:
+def by_part(samples: Sequence[Sample], names: PartNames | None) -> dict[str, list[Sample]]:
     parts: dict[str, list[Sample]] = defaultdict(list)
-    for sample in samples:
-        match = re.search(part, sample.path.name)
-        if match is None or not match.groups():
-            raise UsageError(f"--part {part!r}: does not match {sample.path.name!r} with a group, e.g. 'part(\\d+)'")
-        parts[match.group(1)].append(sample)
+    for part, sample in zip(parts_of(samples, names), samples, strict=True):
+        parts[part].append(sample)
     return parts
 
 
 def slipped_in(
-    test: Sequence[Sample], count: int, part: str | None, rng: np.random.Generator
+    test: Sequence[Sample], count: int, names: PartNames | None, rng: np.random.Generator
 ) -> tuple[list[Sample], tuple[Sample, ...]]:
     """Defective images to train on by mistake, and the test set without any image of their parts.
 
@@ -99,11 +94,12 @@ def slipped_in(
     if not count:
         return [], tuple(test)
     defects = [sample for sample in test if not sample.is_good]
-    drawn = shuffled(defects, part, rng)[:count]
-    taken = {sample.path for sample in drawn}
-    if part is not None:
-        names = by_part(drawn, part).keys()
-        taken |= {sample.path for name, images in by_part(test, part).items() if name in names for sample in images}
+    parts = list(by_part(defects, names).values())
+    drawn = [sample for index in rng.permutation(len(parts)) for sample in parts[index]][:count]
+    chosen = {sample.path for sample in drawn}
+    # Of all test images together: where parts are runs of numbers, they depend on what else is there.
+    groups = by_part(test, names).values()
+    taken = {sample.path for images in groups if any(each.path in chosen for each in images) for sample in images}
     left = tuple(sample for sample in test if sample.path not in taken)
     if len(drawn) < count or all(sample.is_good for sample in left) or not any(sample.is_good for sample in left):
         raise InputError(
@@ -116,10 +112,11 @@ def slipped_in(
 def run(row: Row, seed: int, dataset: Dataset, options: argparse.Namespace) -> dict[str, Any]:
     """Train and evaluate one row with one seed, or read what an earlier run found."""
     recipe = load_recipe(options.recipe, {**parse_settings(options.set), "seed": seed}).for_class(dataset.name)
+    names = None if options.part is None else PartNames(pattern=options.part, gap=options.part_gap)
     path = options.out / f"{row.name}-seed{seed}.json"
     identity = {
         "data": dataset.name,
-        "part": options.part,
+        "part": None if names is None else names.model_dump(),
         "slipped_in_at_most": max_defects(dataset, options),
         "recipe": recipe.model_dump(mode="json"),
     }
@@ -129,8 +126,8 @@ def run(row: Row, seed: int, dataset: Dataset, options: argparse.Namespace) -> d
             return known
         raise UsageError(f"{path}: holds a result of other options; give another --out")
     rng = np.random.default_rng([seed, 5])
-    good = shuffled(dataset.training_samples(), options.part, rng)
-    defects, test = slipped_in(dataset.test_samples(), max_defects(dataset, options), options.part, rng)
+    good = shuffled(dataset.training_samples(), names, rng)
+    defects, test = slipped_in(dataset.test_samples(), max_defects(dataset, options), names, rng)
     chosen = [*good[: row.count - row.defects], *defects[: row.defects]]
     # Training takes every image for good.
     subset = dataclasses.replace(dataset, train_good=tuple(Sample(sample.path) for sample in chosen), test=())
@@ -185,7 +182,7 @@ def table(records: Sequence[dict[str, Any]]) -> str:
     for row, rows in grouped(records).items():
         values = [[record["metrics"][key] for record in rows] for key in METRICS]
         values.append([record["suspects_ap"] for record in rows])
-        cells = " | ".join(spread(each) for each in values)
+        cells = " | ".join(percent_and_spread(each) for each in values)
         dirty = f"{row.defects} ({100 * row.dirty:g} %)" if row.dirty else "0"
         lines.append(f"| {row.count} | {dirty} | {len(rows)} | {cells} |")
     return "\n".join(lines) + "\n"
@@ -196,14 +193,6 @@ def grouped(records: Sequence[dict[str, Any]]) -> dict[Row, list[dict[str, Any]]
     for record in records:
         rows[Row(**record["row"])].append(record)
     return rows
-
-
-def spread(values: Sequence[float | None]) -> str:
-    known = [100 * value for value in values if value is not None]
-    if not known:
-        return "-"
-    deviation = f" ± {np.std(known, ddof=1):.1f}" if len(known) > 1 else ""
-    return f"{np.mean(known):.1f}{deviation}"
 
 
 def draw(records: Sequence[dict[str, Any]], data: str, path: Path) -> None:
@@ -238,6 +227,7 @@ def main() -> int:
     parser.add_argument("--counts", nargs="*", type=int, default=[10, 25, 50, 100, 200], help="besides all images")
     parser.add_argument("--dirty", nargs="*", type=float, default=[0.01, 0.05, 0.1], help="shares of defective images")
     parser.add_argument("--part", metavar="REGEX", help="expression on the file name whose first group names the part")
+    parser.add_argument("--part-gap", type=int, metavar="N", help="--part finds numbers; within N they are one part")
     parser.add_argument("--seeds", nargs="+", type=int, default=[111, 112, 113])
     parser.add_argument("--device", default="auto", help="auto or cpu")
     options = parser.parse_args()

