@@ -8,7 +8,9 @@ python -m pytest tests/gpu/test_engine.py
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +20,14 @@ import pytest
 from recontrast_edge.engines import open_engine
 from recontrast_edge.engines.onnx import OnnxEngine
 from recontrast_edge.engines.tensorrt import TensorRtEngine
+from recontrast_edge.engines.tensorrt_context import CACHE_KIND
 from recontrast_edge.engines.tensorrt_slot import GPU_STAGES
 from recontrast_edge.errors import RecontrastError
 from recontrast_edge.onnxfile import SPEC_KEY, replace_metadata
 from recontrast_edge.plan import read_sidecar
 from recontrast_edge.scoring import INPUT_NAME, VIEWS, reconstruction_name, target_name
 from recontrast_edge.spec import InputSpec, Level, ModelSpec
+from recontrast_edge.user_cache import cache_folder
 
 SIZE = 64
 STRIDES = (4, 8, 16)
@@ -142,6 +146,56 @@ def test_a_thousand_frames_take_no_memory(engine: TensorRtEngine) -> None:
             engine.infer([images[index % 4]], maps_above=1e9)
         after, _ = engine._device.memory_info()
     assert abs(before - after) <= 4 << 20
+
+
+def test_every_number_of_images_has_a_graph_and_alternating_costs_nothing(plan: Path) -> None:
+    """As cameras send them that share an engine."""
+    with open_engine(plan) as engine:
+        assert isinstance(engine, TensorRtEngine)
+        images = pictures(min(engine.max_batch, 3), width=256, height=256)
+        with engine._device.current():
+            free = [engine._device.memory_info()[0]]
+            for count in range(1, len(images) + 1):
+                engine.infer(images[:count], maps_above=1e9)
+                free.append(engine._device.memory_info()[0])
+
+            def median_us(counts: Sequence[int]) -> float:
+                times_s = []
+                for count in counts:
+                    started_s = time.perf_counter()
+                    engine.infer(images[:count], maps_above=1e9)
+                    times_s.append(time.perf_counter() - started_s)
+                    assert engine.uses_graph
+                return 1e6 * float(np.median(times_s))
+
+            alone = [median_us([count] * 100) for count in range(1, len(images) + 1)]
+            turns = median_us([*range(1, len(images) + 1)] * 100)
+            assert abs(free[-1] - engine._device.memory_info()[0]) <= 4 << 20
+        print(
+            f"\n{engine.name}: 1 to {len(images)} images {[round(us) for us in alone]} us, in turns {turns:.0f} us; "
+            f"memory that graphs took: {[(before - after) >> 20 for before, after in pairwise(free)]} MiB"
+        )
+        assert turns <= 1.5 * max(alone)
+
+
+def test_an_engine_opens_faster_with_the_kernels_of_the_last_time(
+    plan: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    if read_sidecar(plan).flavor != "tensorrt-rtx":
+        pytest.skip("only TensorRT for RTX compiles kernels when an engine is opened")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    times_s, scores = [], []
+    for _ in range(2):
+        started_s = time.perf_counter()
+        with open_engine(plan) as engine:
+            times_s.append(time.perf_counter() - started_s)
+            scores.append(engine.infer(pictures(1)).scores)
+    (kept,) = cache_folder(CACHE_KIND).iterdir()
+    print(
+        f"\n{plan.name}: opened in {times_s[0]:.2f} s, then in {times_s[1]:.2f} s with {kept.stat().st_size} bytes kept"
+    )
+    assert times_s[1] < times_s[0]
+    np.testing.assert_array_equal(*scores)
 
 
 def test_the_stages_on_the_gpu_are_measured(plan: Path) -> None:

@@ -27,6 +27,7 @@ from tests.kernels.test_anomaly_map import (  # noqa: F401 - collected here as t
     test_fp16_infinity_reaches_the_score,
     test_geometry_of_a_real_model,
     test_huge_and_tiny_values,
+    test_levels_count_by_their_weights,
     test_map_and_score_equal_the_oracle,
     test_the_documented_range_of_fp32,
     test_the_largest_fp16_value_everywhere_does_not_overflow,
@@ -75,7 +76,9 @@ def test_a_graph_gives_the_same_bits(gpu: Gpu, rule) -> None:
         np.testing.assert_array_equal(captured[1], plain[1])
 
 
-@pytest.mark.parametrize("shape", [(1200, 1920, 3), (1040, 1024), (37, 45, 3), (256, 256, 3)])
+@pytest.mark.parametrize(
+    "shape", [(1200, 1920, 3), (1040, 1024), (37, 45, 3), (256, 256, 3)], ids=["large", "mono", "smallest", "equal"]
+)
 @pytest.mark.parametrize("dtype", [np.float16, np.float32])
 def test_frames_of_cameras(gpu: Gpu, shape: tuple[int, ...], dtype: type) -> None:
     image = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
