@@ -10,7 +10,7 @@ Maps are measured as they come and not kept, apart from those of the worst mista
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from heapq import heappush, heappushpop
 from itertools import islice
 from typing import Any, Literal, TypeVar
@@ -23,9 +23,17 @@ from recontrast_edge.binomial import clopper_pearson
 from recontrast_edge.datasets import GOOD, Sample, mask_to_map, parts_of, read_sample
 from recontrast_edge.engines import Inference
 from recontrast_edge.errors import InputError, ModelError, UsageError
-from recontrast_edge.metrics import AUPRO_LIMITS, PixelMetrics, UndefinedMetricError, auroc, average_precision, f1_max
+from recontrast_edge.metrics import (
+    AUPRO_LIMITS,
+    PixelMetrics,
+    UndefinedMetricError,
+    auroc,
+    auroc_interval,
+    average_precision,
+    f1_max,
+)
 from recontrast_edge.preprocess import Geometry, Image, check_image
-from recontrast_edge.spec import ModelSpec, Threshold
+from recontrast_edge.spec import ModelSpec, PartNames, Threshold
 
 Resolution = Literal["map", "source"]
 """Where maps and masks are compared: at the map's size, or at the mask's own, to which the map is enlarged."""
@@ -121,6 +129,21 @@ class AtThreshold:
     misses: Rate | None
 
 
+@dataclass(frozen=True)
+class PartInterval:
+    """Where the I-AUROC of other parts of the kind may lie, with 95 % confidence (``metrics.auroc_interval``).
+
+    Attributes:
+        low, high: of the interval, 0..1.
+        n_good, n_defect: parts that the good and the defect images show.
+    """
+
+    low: float
+    high: float
+    n_good: int
+    n_defect: int
+
+
 @dataclass(frozen=True, eq=False)
 class Scored:
     """One image with what the model made of it; ``map`` is (h, w) float32, ``mask`` as ``read_sample`` gives it."""
@@ -140,6 +163,7 @@ class Evaluation:
         scores: (N,) float32 image scores.
         resolution: where maps and masks were compared.
         overall: all defects against all good images.
+        i_auroc_interval: of ``overall``; None with fewer than two parts of either.
         f1_max_threshold: the lowest score that counts as a defect at ``overall.f1_max``; None where that is undefined.
         kinds: per kind of defect, in the samples' order.
         at_threshold: None if the spec has no threshold.
@@ -153,6 +177,7 @@ class Evaluation:
     scores: NDArray[np.float32]
     resolution: Resolution
     overall: KindMetrics
+    i_auroc_interval: PartInterval | None
     f1_max_threshold: float | None
     kinds: dict[str, KindMetrics]
     at_threshold: AtThreshold | None
@@ -180,6 +205,7 @@ class Evaluation:
             "resolution": self.resolution,
             "n_good": self.n_good,
             **_metrics_json(self.overall),
+            "i_auroc_interval_95": None if self.i_auroc_interval is None else asdict(self.i_auroc_interval),
             "f1_max_threshold": self.f1_max_threshold,
             "kinds": {kind: _metrics_json(metrics) for kind, metrics in self.kinds.items()},
             "at_threshold": None
@@ -270,6 +296,7 @@ def evaluate(
     resolution: Resolution = "map",
     n_worst: int = 6,
     batch_size: int = 8,
+    part_names: PartNames | None = None,
     progress: bool = False,
 ) -> Evaluation:
     """Judge a test set and compute all metrics.
@@ -285,14 +312,18 @@ def evaluate(
         resolution: where maps and masks are compared.
         n_worst: how many images to keep for ``worst_good`` and ``worst_defects``, >= 1.
         batch_size: images a call of ``score``.
+        part_names: how file names tell which part they show; None: as for the spec's threshold, where that fits the
+            names, else as the data set says, else each image shows a part of its own.
         progress: show a bar on stderr.
 
     Raises:
+        UsageError: ``part_names`` do not fit the names.
         InputError, ModelError: as ``score_samples``; InputError also where there are no samples.
         OutputError: the temporary folder has no room for the maps.
     """
     if not samples:
         raise InputError("nothing to evaluate: the test set has no images")
+    parts = parts_of(samples, part_names) if part_names is not None else _parts(samples, spec.threshold)
     scores = np.empty(len(samples), np.float32)
     kinds = np.array([sample.kind for sample in samples])
     defect = kinds != GOOD
@@ -329,7 +360,7 @@ def evaluate(
         width, height = spec.input.map_wh
         small = f", or are too small for the {width}x{height} map" if resolution == "map" else ""
         notes.append(f"{lost} defect image(s) lie outside of the judged area{small}")
-    if note := _broken_promise(spec.threshold, samples, scores):
+    if note := _broken_promise(spec.threshold, parts, scores, defect):
         notes.append(note)
     return Evaluation(
         spec=spec,
@@ -337,6 +368,7 @@ def evaluate(
         scores=scores,
         resolution=resolution,
         overall=overall,
+        i_auroc_interval=_interval(scores, defect, parts),
         f1_max_threshold=None if overall.f1_max.value is None else f1_max(scores, defect)[1],
         kinds=by_kind,
         at_threshold=at_threshold,
@@ -420,19 +452,32 @@ def _at_threshold(spec: ModelSpec, scores: NDArray[np.float32], defect: NDArray[
     return AtThreshold(spec.threshold.value, Rate.counted(rejected[~defect]), Rate.counted(~rejected[defect]))
 
 
-def _broken_promise(threshold: Threshold | None, samples: Sequence[Sample], scores: NDArray[np.float32]) -> str | None:
-    """A sentence where more good parts were rejected than the threshold's promise leaves to chance."""
-    good = [(sample, float(score)) for sample, score in zip(samples, scores, strict=True) if sample.is_good]
-    if threshold is None or threshold.max_false_reject_rate is None or not good:
-        return None
+def _parts(samples: Sequence[Sample], threshold: Threshold | None) -> list[str]:
+    """The part that each image shows, told as for the threshold where that fits the names."""
     try:
-        parts = parts_of([sample for sample, _ in good], threshold.parts)
+        return parts_of(samples, None if threshold is None else threshold.parts)
     except UsageError:
-        # Parts of other names than those it was calibrated on.
-        parts = parts_of([sample for sample, _ in good], None)
+        return parts_of(samples, None)
+
+
+def _interval(scores: NDArray[np.float32], defect: NDArray[np.bool_], parts: Sequence[str]) -> PartInterval | None:
+    interval = auroc_interval(scores, defect, parts, confidence=INTERVAL_CONFIDENCE)
+    if interval is None:
+        return None
+    counts = (len({part for part, of in zip(parts, defect, strict=True) if of == kind}) for kind in (False, True))
+    return PartInterval(*interval, *counts)
+
+
+def _broken_promise(
+    threshold: Threshold | None, parts: Sequence[str], scores: NDArray[np.float32], defect: NDArray[np.bool_]
+) -> str | None:
+    """A sentence where more good parts were rejected than the threshold's promise leaves to chance."""
+    if threshold is None or threshold.max_false_reject_rate is None or defect.all():
+        return None
+    good = [(part, float(score)) for part, score, of in zip(parts, scores, defect, strict=True) if not of]
     # A part is rejected with any of its images, as in the promise.
     rejected: dict[str, bool] = {}
-    for part, (_, score) in zip(parts, good, strict=True):
+    for part, score in good:
         rejected[part] = rejected.get(part, False) or score > threshold.value
     seen, promised = Rate.counted(np.array(list(rejected.values()))), threshold.max_false_reject_rate
     if seen is None or seen.low <= promised:

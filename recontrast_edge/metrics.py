@@ -16,7 +16,7 @@ of a test set that is larger than the memory are sorted piece by piece into a te
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import IO, Any
@@ -60,6 +60,54 @@ def auroc(scores: ArrayLike, labels: ArrayLike) -> float:
     negatives = np.sort(values[~positive])
     above, at_or_above = _counts_above([lambda: negatives], values[positive])
     return float(np.mean(_areas(above, at_or_above, negatives.size, max_fpr=1.0)))
+
+
+def auroc_interval(
+    scores: ArrayLike, labels: ArrayLike, groups: Sequence[str], *, confidence: float = 0.95, draws: int = 2000
+) -> tuple[float, float] | None:
+    """How far ``auroc`` may be from that of other parts: percentile bootstrap over groups (Efron and Tibshirani 1993).
+
+    Each draw takes as many groups as there are, with repetition, good and defective ones apart, and all their samples.
+    Photographs of one part are alike, so an interval over images would be too narrow.
+
+    Args:
+        scores, labels: as ``auroc``.
+        groups: the part that each sample shows; good and defective samples of one name are two parts.
+        confidence: of the interval.
+        draws: always the same ones.
+
+    Returns:
+        (low, high); None where either class has fewer than two groups.
+
+    Raises:
+        ValueError: shapes differ or a score is not finite.
+    """
+    try:
+        values, positive = _checked(scores, labels)
+    except UndefinedMetricError:
+        return None
+    if len(groups) != values.size:
+        raise ValueError(f"expected a group for each of {values.size} samples, got {len(groups)}")
+    rank = np.unique(values, return_inverse=True)[1].reshape(-1)
+    members = []
+    for chosen in (~positive, positive):
+        group = np.unique(np.array(groups)[chosen], return_inverse=True)[1].reshape(-1)
+        if group.size == 0 or group.max() == 0:
+            return None
+        members.append((rank[chosen], group))
+    rng = np.random.default_rng(0)
+    areas = np.empty(draws)
+    for draw in range(draws):
+        weights = []
+        for ranks, group in members:
+            count = int(group.max()) + 1
+            times = np.bincount(rng.integers(count, size=count), minlength=count)
+            weights.append(np.bincount(ranks, times[group], rank.max() + 1))
+        good, defect = weights
+        below = np.cumsum(good) - good
+        areas[draw] = defect @ (below + good / 2) / (good.sum() * defect.sum())
+    low, high = np.quantile(areas, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return float(low), float(high)
 
 
 def roc_curve(

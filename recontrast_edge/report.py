@@ -157,8 +157,12 @@ def _content(evaluation: Evaluation, provenance: Provenance) -> dict[str, Any]:
 def _key_figures(evaluation: Evaluation) -> list[tuple[str, str, str]]:
     """(value, what it is, more about it)."""
     overall, at = evaluation.overall, evaluation.at_threshold
+    interval = evaluation.i_auroc_interval
+    more = ""
+    if interval is not None:
+        more = f"; of other parts {100 * interval.low:.1f} to {100 * interval.high:.1f} % (95 % confidence)"
     figures = [
-        (_percent(overall.i_auroc), "I-AUROC", "how often a defect scores higher than a good part"),
+        (_percent(overall.i_auroc), "I-AUROC", f"how often a defect scores higher than a good part{more}"),
         (_percent(overall.aupro), "AUPRO", "how well defects are outlined, up to 30 % false-positive pixels"),
     ]
     if at is not None:

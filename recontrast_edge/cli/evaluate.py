@@ -27,6 +27,14 @@ def evaluate_command(
         "--full-resolution",
         help="Enlarge the maps to the masks' own size, instead of bringing the masks to the maps' size.",
     ),
+    part: str | None = typer.Option(
+        None,
+        metavar="REGEX",
+        help="Expression on the file name whose first group names the part: the I-AUROC's interval is over parts.",
+    ),
+    part_gap: int | None = typer.Option(
+        None, min=0, metavar="N", help="--part finds numbers; those that follow each other within N are one part."
+    ),
     threads: int | None = typer.Option(None, min=1, max=1024, help="CPU threads  [default: chosen by the engine]"),
 ) -> None:
     """Measure a model on a test set: image, pixel and region metrics, per kind of defect, and at its threshold."""
@@ -35,7 +43,10 @@ def evaluate_command(
     from recontrast_edge.engines import open_engine
     from recontrast_edge.evaluation import Resolution, evaluate
     from recontrast_edge.report import Provenance, write_report
+    from recontrast_edge.spec import PartNames
 
+    if part_gap is not None and part is None:
+        raise UsageError("--part-gap needs --part, which finds the numbers")
     if report is not None and report.suffix not in (".html", ".htm"):
         raise UsageError(f"--report writes an HTML file; expected a name that ends in .html, got {str(report)!r}")
     dataset = find_dataset(data)
@@ -44,12 +55,17 @@ def evaluate_command(
         raise UsageError(
             f"--report is about one product, but {data} has {len(dataset.categories)} categories; name one's folder"
         )
+    if part is not None and dataset.categories:
+        raise UsageError(f"--part is about one product, but {data} has categories; name one's folder")
     with open_engine(engine, threads=threads) as opened:
         resolution: Resolution = "source" if full_resolution else "map"
         if dataset.categories:
             evaluations = evaluate_categories(opened.infer, dataset, opened.spec, resolution=resolution, progress=True)
         else:
-            evaluation = evaluate(opened.infer, samples, opened.spec, resolution=resolution, progress=True)
+            names = None if part is None else PartNames(pattern=part, gap=part_gap)
+            evaluation = evaluate(
+                opened.infer, samples, opened.spec, resolution=resolution, part_names=names, progress=True
+            )
         threshold = opened.spec.threshold
         provenance = Provenance(
             engine_file=opened.path.name,
@@ -96,6 +112,12 @@ def show_evaluation(evaluation: Evaluation, data_name: str, foreign: bool) -> No
     # Names come from folders: no markup. The width of a pipe is no reason to cut them.
     console = Console(highlight=False, markup=False, soft_wrap=True)
     console.print(table)
+    interval = evaluation.i_auroc_interval
+    if interval is not None:
+        console.print(
+            f"I-AUROC of other parts: 95 % interval {100 * interval.low:.2f} ... {100 * interval.high:.2f} % "
+            f"({interval.n_good} good parts, {interval.n_defect} with defects)"
+        )
     overall = evaluation.overall
     best = "-" if evaluation.f1_max_threshold is None else f"{evaluation.f1_max_threshold:.4f}"
     console.print(f"I-AP {_percent(overall.i_ap)} %, F1-max {_percent(overall.f1_max)} % (at score >= {best})")

@@ -86,6 +86,25 @@ def test_eval_prints_a_table_and_writes_json(command: Command, model: Path, data
     assert len(content["images"]) == 12
 
 
+def test_eval_says_how_sure_it_is_by_part(command: Command, model: Path, data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "metrics.json"
+    code, shown, err = command("eval", "--engine", model, "--data", data, "--json", out)
+    assert code == 0, err
+    assert "(6 good parts, 6 with defects)" in shown
+    by_image = json.loads(out.read_text())["i_auroc_interval_95"]
+    assert by_image["low"] <= json.loads(out.read_text())["metrics"]["i_auroc"] <= by_image["high"]
+    grouped = ("--part", r"(\d+)", "--part-gap", 1)
+    # 0.png to 5.png are one run of numbers, so one part: nothing can be said of others.
+    code, shown, _ = command("eval", "--engine", model, "--data", data, "--json", out, *grouped)
+    assert code == 0
+    assert "I-AUROC of other parts" not in shown
+    assert json.loads(out.read_text())["i_auroc_interval_95"] is None
+    assert command("eval", "--engine", model, "--data", data, "--part-gap", 1)[0] == 2
+    code, _, err = command("eval", "--engine", model, "--data", data, "--part", "(x)")
+    assert code == 2
+    assert "does not match" in err
+
+
 def test_eval_of_several_categories(command: Command, model: Path, data: Path, tmp_path: Path) -> None:
     (tmp_path / "set").mkdir()
     for name in ("nuts", "bolts"):

@@ -20,6 +20,7 @@ from recontrast_edge.metrics import (
     PixelResult,
     UndefinedMetricError,
     auroc,
+    auroc_interval,
     average_precision,
     f1_max,
     roc_curve,
@@ -302,3 +303,59 @@ def test_a_whole_test_set_is_fast_enough() -> None:
     start = time.perf_counter()
     assert aupro(maps, masks) == pytest.approx(0.15, abs=0.01)
     assert time.perf_counter() - start < 5.0
+
+
+def bootstrapped(scores: np.ndarray, labels: np.ndarray, groups: list[str], draws: int) -> tuple[float, float]:
+    """``auroc_interval`` word for word: samples are put together and measured anew for each draw."""
+    classes = []
+    for label in (False, True):
+        chosen = np.flatnonzero(labels == label)
+        names = sorted({groups[index] for index in chosen})
+        classes.append([[index for index in chosen if groups[index] == name] for name in names])
+    rng, areas = np.random.default_rng(0), []
+    for _ in range(draws):
+        drawn = [members[pick] for members in classes for pick in rng.integers(len(members), size=len(members))]
+        indices = [index for members in drawn for index in members]
+        areas.append(auroc(scores[indices], labels[indices]))
+    low, high = np.quantile(areas, [0.025, 0.975])
+    return float(low), float(high)
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 10**6), levels=st.sampled_from([3, 1000]))
+def test_the_interval_is_that_of_samples_put_together_anew(seed: int, levels: int) -> None:
+    rng = np.random.default_rng(seed)
+    labels = np.repeat([False, True], 20)
+    scores = (rng.integers(levels, size=40) / levels + 0.3 * labels).astype(np.float32)
+    groups = [f"part {part}" for part in rng.integers(6, size=40)]
+    assert auroc_interval(scores, labels, groups, draws=50) == pytest.approx(bootstrapped(scores, labels, groups, 50))
+
+
+def test_views_of_a_part_are_no_further_evidence() -> None:
+    rng = np.random.default_rng(3)
+    labels = np.repeat([False, True], 12)
+    scores = rng.normal(size=24) + labels
+    parts = [f"part {index}" for index in range(24)]
+    by_part = auroc_interval(np.repeat(scores, 10), np.repeat(labels, 10), np.repeat(parts, 10).tolist())
+    by_image = auroc_interval(np.repeat(scores, 10), np.repeat(labels, 10), [str(index) for index in range(240)])
+    assert by_part == pytest.approx(auroc_interval(scores, labels, parts), abs=0.01)
+    assert by_part is not None
+    assert by_image is not None
+    assert by_part[1] - by_part[0] > 2 * (by_image[1] - by_image[0])
+
+
+def test_the_interval_holds_the_true_area_about_as_often_as_it_says() -> None:
+    """Scores N(0, 1) and N(1, 1): the true area is Phi(1 / sqrt 2) = 0.7602."""
+    rng = np.random.default_rng(0)
+    labels = np.repeat([False, True], 60)
+    groups = [str(index) for index in range(120)]
+    intervals = [auroc_interval(rng.normal(size=120) + labels, labels, groups, draws=300) for _ in range(100)]
+    held = sum(interval is not None and interval[0] <= 0.7602 <= interval[1] for interval in intervals)
+    assert 88 <= held <= 100
+
+
+def test_one_part_has_no_interval() -> None:
+    assert auroc_interval([0.1, 0.2, 0.9, 0.8], [False, False, True, True], ["a", "b", "c", "c"]) is None
+    assert auroc_interval([0.1, 0.2], [False, False], ["a", "b"]) is None
+    with pytest.raises(ValueError, match="a group for each"):
+        auroc_interval([0.1, 0.9], [False, True], ["a"])
