@@ -192,7 +192,9 @@ def _spellings(character: str) -> str:
 
 _URL = re.compile(r"""(?<=://)[^\s'"<>]*""")
 _HOST_PORT = re.compile(r"(?:\[[0-9A-Fa-f:.%]*\]|[^:@\[\]]*)(?::[0-9]{0,5})?")
-_SECRET_NAME = re.compile(r"(?i:[\w-]*(?:password|passwd|pwd|user-pw|secret|token|api[_-]?key))")
+_SECRET_NAME = re.compile(
+    r"(?i:[\w-]*(?:pas(?:s(?:word|wd|phrase)?)?|pwd|user-pw|secret|token|api[_-]?key|sig(?:nature)?))"
+)
 _NAMED_SECRET = re.compile(rf"""(\b{_SECRET_NAME.pattern}\s*=\s*)("[^"]*"|'[^']*'|[^\s&;,"']+)""")
 
 

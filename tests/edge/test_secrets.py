@@ -128,6 +128,10 @@ def test_bare_uri(uri: str, bare: str) -> None:
         ("rtsp://admin:12/canary@host/ch1", "rtsp://admin:***@host/ch1"),
         ("rtsp://admin:ca?nary@host/ch1", "rtsp://admin:***@host/ch1"),
         ("https://host/x?token=canary&y=1", "https://host/x?token=***&y=1"),
+        ("http://cam/v.cgi?loginuse=a&loginpas=canary", "http://cam/v.cgi?loginuse=a&loginpas=***"),
+        ("rtsp://cam/s?user=a&Pass=canary&channel=1", "rtsp://cam/s?user=a&Pass=***&channel=1"),
+        ("webhook:https://host/x?sv=1&sig=canary%3D&auth=bearer", "webhook:https://host/x?sv=1&sig=***&auth=bearer"),
+        ("rtsp://cam/user=a_password=canary_channel=1", "rtsp://cam/user=a_password=***"),
         ("gst:rtspsrc user-pw=canary location=rtsp://h", "gst:rtspsrc user-pw=*** location=rtsp://h"),
         # Nothing to hide.
         ("rtsp://[fe80::1]:554/ch1?name=a@b", "rtsp://[fe80::1]:554/ch1?name=a@b"),
