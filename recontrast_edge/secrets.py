@@ -187,7 +187,8 @@ def _spellings(character: str) -> str:
     encoded = "".join(f"%{byte:02x}" for byte in character.encode(errors="surrogatepass"))
     plus = r"|\+" if character == " " else ""
     escaped = "|".join(map(re.escape, sorted(ways, key=len, reverse=True)))
-    return f"(?:{escaped}|(?i:{encoded}){plus})"
+    # Encoded comes first: of a % at the end, %25 would leave the 25.
+    return f"(?:(?i:{encoded}){plus}|{escaped})"
 
 
 _URL = re.compile(r"""(?<=://)[^\s'"<>]*""")

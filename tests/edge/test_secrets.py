@@ -8,7 +8,7 @@ from pathlib import Path
 from urllib.parse import quote, quote_plus
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from recontrast_edge import secrets
@@ -151,6 +151,7 @@ def test_urls_inside_a_text() -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(st.text(st.characters(exclude_categories=["Cs"]), min_size=4, max_size=40))
+@example("000%")
 def test_every_spelling_of_a_secret_is_hidden(secret: str) -> None:
     secrets._secrets.clear()
     register(secret)
