@@ -40,15 +40,16 @@ from recontrast_edge.evaluation import Evaluation, Scorer, evaluate
 from recontrast_edge.images import atomic_write, read_image
 from recontrast_edge.preprocess import Image, preprocess
 from recontrast_edge.scoring import cosine_distance, fold_maps, image_scores
-from recontrast_edge.spec import InputSpec, Level, ModelSpec
+from recontrast_edge.spec import Level, ModelSpec
+from recontrast_edge.tiling import infer_tiles
 from recontrast_train.augmentation import Augmentation
 from recontrast_train.backbones import backbone, load_weights
 from recontrast_train.data import GoodImages, batches, make_loader
 from recontrast_train.model import STRIDES, Decoder, FusionBottleneck
 from recontrast_train.recipe import Recipe, load_recipe, parse_settings
 from recontrast_train.run import load_run
-from recontrast_train.score import TorchScorer
-from recontrast_train.training import TrainOptions, train
+from recontrast_train.score import TILES_AT_ONCE, TorchScorer
+from recontrast_train.training import TrainOptions, input_spec, train
 
 BANK_POOL = 60_000
 """Patches that the memory bank is chosen from: of all of them the search would take hours on a CPU."""
@@ -74,27 +75,26 @@ def timed_scorer(score: Callable[[Tensor], NDArray[np.float32]], spec: ModelSpec
     """A scorer from preprocessed images (N, 3, H, W) to maps (N, H, W)."""
 
     def scorer(images: Sequence[Image]) -> Inference:
-        tensor = torch.from_numpy(np.stack([preprocess(image, spec.input) for image in images]))
+        tensor = torch.from_numpy(np.stack([preprocess(image, spec.input.of_tile) for image in images]))
         with torch.inference_mode():
             maps = score(tensor)
         return Inference(maps, image_scores(maps, spec.scoring), {})
 
+    if spec.input.is_tiled:
+        return lambda images: infer_tiles(scorer, images, spec, batch=TILES_AT_ONCE)
     return scorer
 
 
 def base_spec(dataset: Dataset, recipe: Recipe) -> ModelSpec:
     """The paper's scoring, for the peers: sum of the levels, sigma 4, maximum."""
-    entry = backbone(recipe.backbone)
-    input_spec = InputSpec(
-        size_wh=recipe.size_wh,
-        resize_wh=recipe.resize_wh or recipe.size_wh,
-        mean=entry.mean,
-        std=entry.std,
-        roi=recipe.roi,
-    )
-    levels = tuple(Level(stride=s, channels=c) for s, c in zip(STRIDES, entry.channels, strict=True))
+    channels = backbone(recipe.backbone).channels
+    levels = tuple(Level(stride=stride, channels=count) for stride, count in zip(STRIDES, channels, strict=True))
     return ModelSpec(
-        class_name=dataset.name, backbone=recipe.backbone, input=input_spec, levels=levels, weights_sha256="0" * 64
+        class_name=dataset.name,
+        backbone=recipe.backbone,
+        input=input_spec(recipe),
+        levels=levels,
+        weights_sha256="0" * 64,
     )
 
 
@@ -127,13 +127,12 @@ def patchcore(dataset: Dataset, recipe: Recipe, out: Path) -> Result:
         coarse = functional.interpolate(coarse, middle.shape[2:], mode="bilinear", align_corners=False)
         return torch.cat([middle, coarse], dim=1).permute(0, 2, 3, 1)
 
-    paths = [sample.path for sample in dataset.train_good]
+    images = GoodImages([sample.path for sample in dataset.train_good], spec.input)
     pool = []
-    for path in paths:
-        tensor = torch.from_numpy(preprocess(read_image(path), spec.input))[None]
+    for index in range(len(images)):
         with torch.inference_mode():
-            flat = patches(tensor).flatten(0, 2)
-        share = min(len(flat), -(-BANK_POOL // len(paths)))
+            flat = patches(images[index][None]).flatten(0, 2)
+        share = min(len(flat), -(-BANK_POOL // len(images)))
         pool.append(flat[torch.from_numpy(rng.choice(len(flat), share, replace=False))])
     candidates = torch.cat(pool)
     bank = candidates[k_centres(candidates, min(BANK_PATCHES, len(candidates)), rng)]
