@@ -6,15 +6,17 @@ Ranges come from good images and copies with pasted defects. On some of these, t
 ranges are chosen and says what harm each block does on its own; validation images only say whether a graph is good
 enough. The harms give a ladder of graphs from all INT8 to ever less of it. From the top, each is converted to what
 builders get (INT8 and float16) and judged on the validation images until it is certain to go beyond the budget; the
-first that keeps it on all of them is written. A part of the images would not do: one verdict of a hundred is twice the
-usual budget already. Nor would bisection: with some less INT8, verdicts change that more of it had left. If no rung
-holds, the graph is float16 throughout, and must hold as well.
+first that keeps it on all of them is found. What had left INT8 before is put back as far as the budget allows: few
+blocks change a verdict. A part of the images would not do: one verdict of a hundred is twice the usual budget already.
+Nor would bisection: with some less INT8, verdicts change that more of it had left. If no rung holds, the graph is
+float16 throughout, and must hold as well.
 
 A graph that was fine-tuned for INT8 leaves nothing to search: it is proved against the model that it was made from.
 """
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
@@ -57,12 +59,15 @@ from recontrast_export.proving import GivenUp, Prover, ValidationImages, enforce
 from recontrast_export.qdq import Int8Network
 from recontrast_export.ranges import Activation, largest_magnitudes, measure_activations
 from recontrast_export.rewrite import with_pointwise_upsampling
-from recontrast_export.sensitivity import Probe, Rung, block_harms, ladder, method_errors, opened
+from recontrast_export.sensitivity import Probe, Rung, block_harms, ladder, method_errors, opened, rung_of
 from recontrast_export.trt import Progress
 
 PROBE_PAIRS = 6
 """Good images, each with its copy with a defect, that a block's harm is measured on: a map has tens of thousands of
 pixels."""
+
+MAX_PUT_BACK = 10
+"""Graphs that are tried with more of the work in INT8 than the first one that keeps the budget."""
 
 METHOD_MACS = 0.9
 """How ranges are chosen is decided with at most this share of the first rung's work in INT8: with the most harmful
@@ -93,7 +98,7 @@ class Result:
 
     Attributes:
         record: what the file says about itself.
-        trials: the ladder, most INT8 first; empty where nothing was searched.
+        trials: all graphs that were considered, most INT8 first; empty where nothing was searched.
         method_errors: of each way to choose ranges, with the blocks of a typical rung in INT8; empty likewise.
         threshold: re-derived for this graph; None where no images were given for it.
     """
@@ -172,12 +177,9 @@ def quantize(
             converted, proof, trials = search.run()
             errors = search.method_errors
         else:
-            some = [tensor for _, tensor in zip(range(MAX_RANGE_IMAGES), scales.tensors(progress), strict=False)]
-            converted = to_precision(tuned, "int8", images=some)
-            with opened(with_float16_rounding(converted.model), folder) as engine:
-                what = f"{model.name} with {100 * converted.record.int8_macs:.1f} % INT8, ONNX Runtime"
-                proof = Prover(reference, images, progress=bars).prove(engine.infer, what, budget)
-            enforce(proof, budget)
+            converted = to_precision(tuned, "int8", images=list(itertools.islice(scales.tensors(), MAX_RANGE_IMAGES)))
+            what = f"{model.name} with {100 * converted.record.int8_macs:.1f} % INT8"
+            proof = _prove(Prover(reference, images, progress=bars), converted, what, budget, folder)
         record = Quantisation(
             precision="int8" if converted.record.int8_macs else "fp16",
             graph_sha256=_graph_sha256(converted.model, folder),
@@ -236,10 +238,12 @@ class _Search:
         self._largest: dict[str, float] = {}
         self._n_range_images = 0
         self._method: Method = DEFAULT_METHOD
+        self._probe = self._open_probe()
+        self._harms: dict[str, float] = {}
         self.method_errors: dict[Method, float] = {}
 
     def run(self) -> tuple[Converted, Proof, list[Trial]]:
-        """The graph to write, its proof, and the ladder.
+        """The graph to write, its proof, and all that were considered.
 
         Raises:
             GateError: nothing keeps the budget.
@@ -248,30 +252,49 @@ class _Search:
         trials = self._ladder()
         prover = Prover(self._reference, self._images, progress=self._bars)
         for index, trial in enumerate(trials):
-            converted = in_int8(
-                self._network,
-                trial.rung.blocks,
-                self._activations,
-                self._method,
-                self._largest,
-                n_images=self._n_range_images,
-            )
-            outcome = self._attempt(prover, converted, f"Graph with {100 * trial.rung.int8_macs:.1f} % INT8")
-            trials[index] = replace(trial, outcome=outcome)
-            if isinstance(outcome, Proof) and not self._budget.violations(outcome):
-                return converted, outcome, trials
+            trials[index], found = self._attempt(prover, trial)
+            if found is not None:
+                tried, found = self._put_back(prover, [trial.rung for trial in trials[: index + 1]], found)
+                trials += tried
+                return *found, sorted(trials, key=lambda trial: trial.rung.int8_macs, reverse=True)
         self._say("No INT8 graph keeps the budget; falling back to FP16.")
         converted = in_float16(self._source, self._largest, n_images=self._n_range_images)
-        with opened(with_float16_rounding(converted.model), self._folder) as engine:
-            proof = prover.prove(engine.infer, "FP16 graph, ONNX Runtime", self._budget)
-        enforce(proof, self._budget)
-        return converted, proof, trials
+        return converted, _prove(prover, converted, "FP16 graph", self._budget, self._folder), trials
+
+    def _put_back(
+        self, prover: Prover, rungs: Sequence[Rung], found: tuple[Converted, Proof]
+    ) -> tuple[list[Trial], tuple[Converted, Proof]]:
+        """Add what had left INT8 before the last of these rungs kept the budget: all at once, else by halves.
+
+        Blocks leave by their error, but few of them change a verdict; the others can stay. The last to leave are the
+        likeliest to have changed one, and come back last.
+        """
+        kept = set(rungs[-1].blocks)
+        steps = [
+            [block for block in above.blocks if block not in below.blocks] for above, below in itertools.pairwise(rungs)
+        ]
+        tried: list[Trial] = []
+        pending = [[block for step in reversed(steps[:-1]) for block in step], *steps[-1:]]
+        while pending and len(tried) < MAX_PUT_BACK:
+            group = pending.pop(0)
+            if not group:
+                continue
+            rung = rung_of(self._network, self._harms, kept.union(group))
+            trial, better = self._attempt(prover, Trial(rung, self._map_error(rung)))
+            tried.append(trial)
+            if better is not None:
+                kept.update(group)
+                found = better
+            elif len(group) > 1:
+                middle = len(group) // 2
+                pending[:0] = [group[:middle], group[middle:]]
+        return tried, found
 
     def _measure_activations(self) -> None:
         model = self._network.model
         tensors = self._scales.tensors(self._progress)
         self._activations = measure_activations(model, self._network.values(self._blocks), tensors)
-        some = [tensor for _, tensor in zip(range(MAX_RANGE_IMAGES), self._scales.tensors(), strict=False)]
+        some = list(itertools.islice(self._scales.tensors(), MAX_RANGE_IMAGES))
         self._n_range_images = len(some)
         self._largest = largest_magnitudes(self._source, network_values(self._source), some)
         # The same graph, rewritten: values that only one of the two has.
@@ -283,12 +306,8 @@ class _Search:
 
     def _ladder(self) -> list[Trial]:
         """Choose the method, measure the blocks and then the rungs; nothing is judged yet."""
-        chosen = spread(range(len(self._scales.paths)), PROBE_PAIRS)
-        # Defects of many kinds and strengths, and none that the ranges were taken from.
-        defects = range(MAX_CALIBRATION_IMAGES, sys.maxsize, 11)
-        shown = [image for pair in map(self._scales.pair, chosen, defects) for image in pair]
-        probe = Probe(self._reference, shown, self._folder)
-        harms = block_harms(
+        probe = self._probe
+        self._harms = harms = block_harms(
             self._network, self._blocks, self._activations, DEFAULT_METHOD, probe, progress=self._progress
         )
         worst = sorted(harms, key=lambda block: harms[block], reverse=True)[:3]
@@ -300,21 +319,48 @@ class _Search:
         self._method = min(self.method_errors, key=lambda method: self.method_errors[method])
         listed = ", ".join(f"{method} {100 * error:.3g} %" for method, error in self.method_errors.items())
         self._say(f"Error of the maps' peaks, {100 * typical.int8_macs:.0f} % INT8: {listed}; {self._method} is used.")
-        return [
-            Trial(rung, probe.error(self._network.quantised(rung.blocks, self._activations, self._method)))
-            for rung in rungs
-        ]
+        return [Trial(rung, self._map_error(rung)) for rung in rungs]
 
-    def _attempt(self, prover: Prover, converted: Converted, what: str) -> Proof | GivenUp:
-        """Judge the graph as it would be written."""
+    def _open_probe(self) -> Probe:
+        chosen = spread(range(len(self._scales.paths)), PROBE_PAIRS)
+        # Defects of many kinds and strengths, and none that the ranges were taken from.
+        defects = range(MAX_CALIBRATION_IMAGES, sys.maxsize, 11)
+        shown = [image for pair in map(self._scales.pair, chosen, defects) for image in pair]
+        return Probe(self._reference, shown, self._folder)
+
+    def _map_error(self, rung: Rung) -> float:
+        return self._probe.error(self._network.quantised(rung.blocks, self._activations, self._method))
+
+    def _attempt(self, prover: Prover, trial: Trial) -> tuple[Trial, tuple[Converted, Proof] | None]:
+        """Judge the graph as it would be written; it and its proof come back if it keeps the budget."""
+        converted = in_int8(
+            self._network,
+            trial.rung.blocks,
+            self._activations,
+            self._method,
+            self._largest,
+            n_images=self._n_range_images,
+        )
+        what = f"Graph with {100 * trial.rung.int8_macs:.1f} % INT8"
         with opened(with_float16_rounding(converted.model), self._folder) as engine:
             outcome = prover.attempt(engine.infer, f"{what}, ONNX Runtime", self._budget)
+        found = None
         if isinstance(outcome, GivenUp):
-            found = f"{outcome.n_flips} verdicts changed on {outcome.n_judged} of {len(self._images.samples)} images"
+            told = f"{outcome.n_flips} verdicts changed on {outcome.n_judged} of {len(self._images.samples)} images"
+        elif violations := self._budget.violations(outcome):
+            told = "; ".join(violations)
         else:
-            found = "; ".join(self._budget.violations(outcome)) or "keeps the budget"
-        self._say(f"{what}: {found}.")
-        return outcome
+            told, found = "keeps the budget", (converted, outcome)
+        self._say(f"{what}: {told}.")
+        return replace(trial, outcome=outcome), found
+
+
+def _prove(prover: Prover, converted: Converted, what: str, budget: Budget, folder: Path) -> Proof:
+    """Judge the graph as it would be written, and refuse it if it is over the budget."""
+    with opened(with_float16_rounding(converted.model), folder) as engine:
+        proof = prover.prove(engine.infer, f"{what}, ONNX Runtime", budget)
+    enforce(proof, budget)
+    return proof
 
 
 def _check(model: Path, out: Path, parts: Collection[str]) -> None:

@@ -10,7 +10,7 @@ predicts all combinations well enough to choose the few that are measured. Multi
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -135,12 +135,21 @@ def ladder(network: Int8Network, harms: Mapping[str, float]) -> list[Rung]:
     leaving = sorted(harms, key=lambda block: harms[block] / network.macs_of([block]), reverse=True)
     rungs: list[Rung] = []
     for index in range(len(leaving)):
-        kept = set(leaving[index:])
-        squared = sum(harms[block] for block in kept)
-        if rungs and squared > _STEP * rungs[-1].predicted_error ** 2:
+        rung = rung_of(network, harms, leaving[index:])
+        if rungs and rung.predicted_error**2 > _STEP * rungs[-1].predicted_error ** 2:
             continue
-        blocks = tuple(block for block in harms if block in kept)
-        rungs.append(Rung(blocks, network.macs_of(blocks) / network.macs, float(np.sqrt(squared))))
+        rungs.append(rung)
         if len(rungs) == _MAX_RUNGS:
             break
     return rungs
+
+
+def rung_of(network: Int8Network, harms: Mapping[str, float], kept: Collection[str]) -> Rung:
+    """The choice of these blocks.
+
+    Args:
+        harms: of all blocks, in the order of the network.
+    """
+    blocks = tuple(block for block in harms if block in kept)
+    squared = sum(harms[block] for block in blocks)
+    return Rung(blocks, network.macs_of(blocks) / network.macs, float(np.sqrt(squared)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ from recontrast_export.defects import paste_defect  # noqa: E402
 from recontrast_export.onnx_export import build_onnx  # noqa: E402
 from recontrast_export.plausible import require_good_images  # noqa: E402
 from recontrast_export.proving import GivenUp, Prover, ValidationImages, enforce, read_validation  # noqa: E402
-from recontrast_export.quantize import Result, quantize  # noqa: E402
+from recontrast_export.quantize import Result, Trial, quantize  # noqa: E402
 from recontrast_export.sensitivity import ladder  # noqa: E402
 
 
@@ -470,6 +471,40 @@ def test_the_first_rung_is_written_where_the_budget_allows_it(
     assert any("12 good images of good" in sentence for sentence in said)
     assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     assert sorted(path.name for path in out.parent.iterdir()) == ["lite0.int8.onnx", "lite0.int8.png"]
+
+
+def test_only_what_changes_verdicts_stays_out_of_int8(
+    model: Path, good: Path, data_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One block breaks the budget, and others leave before it: they are put back."""
+    attempt = quantize_module._Search._attempt
+    leaving: list[str] = []
+
+    def breaks(search: Any, prover: Any, trial: Trial) -> Any:
+        left = [block for block in search._blocks if block not in trial.rung.blocks]
+        if not leaving and len(left) >= 2:
+            # The last of those that left so far.
+            leaving.extend(sorted(left, key=lambda block: search._harms[block] / search._network.macs_of([block]))[:1])
+        if not leaving or leaving[0] in trial.rung.blocks:
+            return replace(trial, outcome=GivenUp(n_flips=1, n_judged=2)), None
+        return attempt(search, prover, trial)
+
+    monkeypatch.setattr(quantize_module._Search, "_attempt", breaks)
+    result = quantize(
+        model,
+        tmp_path / "a.onnx",
+        calibration=good,
+        validation=data_folder,
+        budget=LOOSE,
+        parts=["bottleneck", "decoder"],
+    )
+    (culprit,) = leaving
+    (written,) = (trial for trial in result.trials if trial.outcome is result.record.proof)
+    everything = set(result.trials[0].rung.blocks)
+    assert set(written.rung.blocks) == everything - {culprit}
+    shares = [trial.rung.int8_macs for trial in result.trials]
+    assert shares == sorted(shares, reverse=True)
+    assert result.record.conversion.int8_macs == pytest.approx(written.rung.int8_macs)
 
 
 def test_the_graph_that_was_proved_is_the_one_in_the_file(quantised: Any, model: Path, tmp_path: Path) -> None:
