@@ -9,9 +9,8 @@ sums, no BLAS, no OpenCV filters, whose last bits differ between processors and 
 
 from __future__ import annotations
 
-import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum
@@ -143,16 +142,14 @@ def write_dataset(
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise OutputError(f"{out}: expected a new or empty folder; choose another or empty it first")
         out.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
+        temporary = out.parent / f".{out.name}.{secrets.token_hex(4)}"
+        temporary.mkdir()
     except OSError as error:
         raise OutputError(f"{out}: cannot write here ({error.strerror or error})") from None
     try:
         for stream, count in counts.items():
             for index in range(count):
                 _write_part(temporary, product, seed, stream, index, size_wh)
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o777 & ~umask)
         temporary.replace(out)
     except OutputError as error:
         # The reader knows the folder by its final name.

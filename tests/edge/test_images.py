@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import stat
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +12,7 @@ from PIL import Image as Pil
 
 from recontrast_edge.errors import InputError, OutputError, UsageError
 from recontrast_edge.images import atomic_write, read_image, read_mask, write_image
+from recontrast_edge.synthetic import write_dataset
 
 RNG = np.random.default_rng(0)
 COLOUR = RNG.integers(0, 256, (20, 30, 3), np.uint8)
@@ -176,3 +179,22 @@ class TestWrite:
         (tmp_path / "file").write_text("")
         with pytest.raises(OutputError, match="cannot write"), atomic_write(tmp_path / "file" / "f"):
             pass
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600)])
+def test_written_files_have_the_mode_of_others_and_no_thread_ever_has_another_umask(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, umask: int, mode: int
+) -> None:
+    before = os.umask(umask)
+    try:
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "umask", None)
+            with atomic_write(tmp_path / "file") as file:
+                file.write(b"whole")
+            write_dataset(
+                tmp_path / "set", "brushed-metal", n_train=1, n_test_good=0, n_test_defect=0, size_wh=(32, 32), seed=0
+            )
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "file").stat().st_mode) == mode
+    assert stat.S_IMODE((tmp_path / "set").stat().st_mode) == mode | 0o100 | (0o011 if umask == 0o022 else 0)
