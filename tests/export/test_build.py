@@ -140,6 +140,25 @@ def test_the_decoder_of_the_widest_network_in_int8(models: Any, library: Library
     check_network(library.parse(model.SerializeToString()), model, "int8", "features", share)
 
 
+@pytest.mark.soak
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
+@pytest.mark.parametrize("head", ["features", "map"])
+@pytest.mark.parametrize("backbone", ["efficientnet_lite0", "resnet18", "wide_resnet50_2"])
+def test_every_network_is_built_in_every_precision(
+    backbone: str, head: str, precision: Any, models: Any, good: Path, library: Library
+) -> None:
+    source = onnx.load(models(backbone, head))
+    spec = read_spec(models(backbone, head))
+    images = read_calibration_images(good, spec.input)
+    model = to_precision(source, precision, calibration=images if precision == "int8" else None).model
+    network = library.parse(model.SerializeToString())
+    share = int8_share(model)
+    assert (share > 0.8) if precision == "int8" else (share == 0)
+    check_network(network, model, precision, head, share)
+    built = library.build(network, Settings(batch=(1, 2, 4), image_chw=(3, *spec.input.size_wh[::-1])))
+    assert len(built.plan) > 1_000_000
+
+
 def check_network(network: Network, model: Any, precision: str, head: str, int8_macs: float) -> None:
     """The types are those of the precision, and the share of the work in INT8 is that of the ONNX graph."""
     layers = network.layers()
