@@ -8,8 +8,8 @@ times: the first n are taken after the parts were shuffled, one image of each pa
 
 Dirty rows have all training images, of which a share is replaced by defective test images. As many as the dirtiest row
 needs are drawn, one part after the other with all of its images, and those parts are taken out of the test set of every
-row, so that all rows are tested on the same images and never on a part that was trained on. Dirty rows also say how ``train --suspects`` ranks what was slipped in, as
-average precision: 1 where all of it comes first.
+row, so that all rows are tested on the same images and never on a part that was trained on. Dirty rows also say how
+``train --suspects`` ranks what was slipped in, as average precision: 1 where all of it comes first.
 
 The last iteration counts, nothing is chosen by the test images. A row that has finished is not run again, one that was
 stopped goes on. ``--out`` gets one JSON file a row and seed, ``fewshot.json``, ``fewshot.md`` and ``fewshot.png``.
