@@ -166,11 +166,11 @@ def quantize(
         if promised is not None:
             require_calibrated_on(promised, reference.spec)
         scales = read_calibration_images(calibration, reference.spec.input)
-        require_good_images(reference, scales.paths)
         images = read_validation(validation, folder)
         trials: list[Trial] = []
         errors: dict[Method, float] = {}
         if tuned is None:
+            require_good_images(reference, scales.paths)
             said = f"{scales.record.n_images} good images of {scales.record.data} and copies with pasted defects"
             say(f"Ranges from {said}.")
             search = _Search(reference, source, scales, images, parts, budget, folder, say, progress, bars)

@@ -27,7 +27,6 @@ torch = pytest.importorskip("torch", reason="needs the train extra")
 onnx = pytest.importorskip("onnx", reason="needs the export extra")
 pytest.importorskip("onnxsim", reason="needs the export extra")
 
-from recontrast_export import quantize as quantize_module  # noqa: E402
 from recontrast_export.budget import Budget  # noqa: E402
 from recontrast_export.build import build_engine  # noqa: E402
 from recontrast_export.onnx_export import INT8_TOLERANCE, build_onnx, export_onnx  # noqa: E402
@@ -231,13 +230,6 @@ def pair(
     return teacher, tuned
 
 
-@pytest.fixture
-def _any_images(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A network with random weights cannot tell good parts from noise: it is not asked."""
-    monkeypatch.setattr(quantize_module, "require_good_images", lambda engine, paths: None)
-
-
-@pytest.mark.usefixtures("_any_images")
 def test_a_fine_tuned_model_is_proved_against_the_float_model(
     pair: tuple[Path, Path], data_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
@@ -266,7 +258,6 @@ def test_a_fine_tuned_model_is_proved_against_the_float_model(
     assert threshold.engine_sha256 == graph_sha256(out)
 
 
-@pytest.mark.usefixtures("_any_images")
 def test_a_fine_tuned_model_over_the_budget_is_refused(
     pair: tuple[Path, Path], data_folder: Path, tmp_path: Path
 ) -> None:
