@@ -7,6 +7,8 @@ The pipeline's text goes to GStreamer's own parser. At its end comes an appsink 
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -107,6 +109,10 @@ def _bindings() -> tuple[Any, Any]:
     Raises:
         MissingError: they are not there.
     """
+    # GStreamer brings libunwind, whose functions would from then on unwind C++ exceptions of any library that is loaded
+    # later, such as a camera's GenTL producer: the process would end there. Who is loaded for all first is found first.
+    with contextlib.suppress(OSError):
+        ctypes.CDLL("libgcc_s.so.1", mode=ctypes.RTLD_GLOBAL)
     try:
         import gi
 

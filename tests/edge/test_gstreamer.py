@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import subprocess
 import sys
 import threading
 import time
@@ -25,6 +26,24 @@ def next_frame(source: Source) -> Frame:
     frame = source.read(5.0)
     assert frame is not None
     return frame
+
+
+@pytest.mark.usefixtures("gi")
+def test_a_gentl_camera_can_be_opened_after_a_pipeline() -> None:
+    """In a process of its own: it would end with SIGSEGV or SIGABRT."""
+    genicam = pytest.importorskip("genicam", reason="the extra `cameras` has it")
+    producer = Path(genicam.__path__[0], "viky.cti")
+    if not producer.is_file():
+        pytest.skip("genicam's wheel for this machine has no simulated devices")
+    program = (
+        f"import sys; sys.path[:] = {sys.path!r}\n"
+        "from recontrast_edge.sources import open_source\n"
+        f"for uri in ({LIVE!r}, 'genicam:{producer}#VikyTL_DEV_red'):\n"
+        "    open_source(uri).close()\n"
+        "    print('opened')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (0, "opened\n" * 2), done.stderr
 
 
 @pytest.mark.usefixtures("gi")
