@@ -4,8 +4,9 @@
 
 Huang, Qiu, Yuan, "Surface defect saliency of magnetic tile", The Visual Computer 2020;
 https://github.com/abin24/Magnetic-tile-defect-datasets. Beside each photograph lies its mask, of the same name. The
-authors give no split. Each tile was photographed under up to six exposures, so images are split by tile: the numbers in
-the names of one tile's photographs lie close together. Those without defect tell their tile as their part.
+authors give no split. Each tile was photographed under up to six exposures, one after the other, so images are split by
+tile: in the order of the numbers in their names, another tile begins where the exposure does not rise. Those without
+defect tell their tile as their part.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ import re
 from pathlib import Path
 
 from recontrast_edge.datasets.base import Dataset, Sample, in_order, layout_error
-from recontrast_edge.datasets.part_names import first_of_run
 from recontrast_edge.errors import InputError
 
 TREE = """\
@@ -23,14 +23,12 @@ TREE = """\
   DATA/MT_Blowhole/Imgs/exp1_num_3667.png  its mask"""
 
 KINDS = ("Blowhole", "Break", "Crack", "Fray", "Uneven")
-NUMBER = re.compile(r"exp\d+_num_(\d+)")
-
-TILE_GAP = 100
-"""Numbers of one tile's photographs follow each other more closely; those of another tile may, too, and then stay with
-it. Of the 952 photographs without defect this makes 160 groups, 130 of them of six."""
+NAME = re.compile(r"exp(\d+)_num_(\d+)")
+"""Exposure, and the number in the order of taking. The 952 photographs without defect make 170 tiles, 148 of them with
+exposures 1 to 6."""
 
 TEST_EVERY = 5
-"""Every fifth group of tiles without defect is tested with."""
+"""Every fifth tile without defect is tested with."""
 
 
 def find(root: Path) -> Dataset | None:
@@ -53,11 +51,12 @@ def find(root: Path) -> Dataset | None:
                 raise InputError(f"{image}: its mask is missing; expected {mask}")
             test.append(Sample(image, kind.lower(), (mask,)))
     training: list[Sample] = []
-    photographs = _photographs(folders["Free"])
-    first_numbers = first_of_run([_number(image) for image in photographs], TILE_GAP)
-    tile_of = {first: tile for tile, first in enumerate(sorted(set(first_numbers)))}
-    for image, first in zip(photographs, first_numbers, strict=True):
-        is_test = tile_of[first] % TEST_EVERY == TEST_EVERY - 1
+    tile, first, previous = -1, 0, None
+    for number, exposure, image in sorted((*_number_and_exposure(path), path) for path in _photographs(folders["Free"])):
+        if previous is None or exposure <= previous:
+            tile, first = tile + 1, number
+        previous = exposure
+        is_test = tile % TEST_EVERY == TEST_EVERY - 1
         (test if is_test else training).append(Sample(image, part=f"tile {first}"))
     return Dataset(root, root.resolve().name, in_order(training), in_order(test), expected=TREE)
 
@@ -69,8 +68,8 @@ def _photographs(folder: Path) -> list[Path]:
     return images
 
 
-def _number(image: Path) -> int:
-    match = NUMBER.match(image.name)
+def _number_and_exposure(image: Path) -> tuple[int, int]:
+    match = NAME.match(image.name)
     if match is None:
-        raise InputError(f"{image}: expected a name like exp1_num_743.jpg, whose number tells tiles apart")
-    return int(match.group(1))
+        raise InputError(f"{image}: expected a name like exp1_num_743.jpg, whose numbers tell tiles apart")
+    return int(match[2]), int(match[1])

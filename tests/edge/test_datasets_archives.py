@@ -258,6 +258,13 @@ class TestMagneticTile:
         assert len(set(tiles.values())) == 6
         assert tiles["exp1_num_4020.jpg"] == tiles["exp2_num_4040.jpg"]
 
+    def test_tiles_are_told_by_their_exposures_however_far_the_numbers_are_apart(self, tmp_path: Path) -> None:
+        root = archives.magnetic_tile(tmp_path / "tiles")
+        (root / "MT_Free" / "Imgs" / "exp2_num_40.jpg").rename(root / "MT_Free" / "Imgs" / "exp2_num_1019.jpg")
+        (root / "MT_Free" / "Imgs" / "exp2_num_40.png").rename(root / "MT_Free" / "Imgs" / "exp2_num_1019.png")
+        tiles = {sample.path.name: sample.part for sample in find_dataset(root).train_good}
+        assert tiles["exp1_num_20.jpg"] == tiles["exp2_num_1019.jpg"] != tiles["exp1_num_1020.jpg"]
+
     def test_what_is_refused(self, tmp_path: Path) -> None:
         root = archives.magnetic_tile(tmp_path / "tiles")
         images = root / "MT_Free" / "Imgs"
