@@ -51,8 +51,9 @@ def find(root: Path) -> Dataset | None:
                 raise InputError(f"{image}: its mask is missing; expected {mask}")
             test.append(Sample(image, kind.lower(), (mask,)))
     training: list[Sample] = []
+    in_order_of_taking = sorted((*_number_and_exposure(image), image) for image in _photographs(folders["Free"]))
     tile, first, previous = -1, 0, None
-    for number, exposure, image in sorted((*_number_and_exposure(path), path) for path in _photographs(folders["Free"])):
+    for number, exposure, image in in_order_of_taking:
         if previous is None or exposure <= previous:
             tile, first = tile + 1, number
         previous = exposure
