@@ -274,18 +274,23 @@ class _Search:
             [block for block in above.blocks if block not in below.blocks] for above, below in itertools.pairwise(rungs)
         ]
         tried: list[Trial] = []
+        failed: list[set[str]] = []
         pending = [[block for step in reversed(steps[:-1]) for block in step], *steps[-1:]]
         while pending and len(tried) < MAX_PUT_BACK:
             group = pending.pop(0)
             if not group:
                 continue
-            rung = rung_of(self._network, self._harms, kept.union(group))
-            trial, better = self._attempt(prover, Trial(rung, self._map_error(rung)))
-            tried.append(trial)
-            if better is not None:
-                kept.update(group)
-                found = better
-            elif len(group) > 1:
+            chosen = kept.union(group)
+            # The second half of a group is the whole again where the first half could come back.
+            if chosen not in failed:
+                rung = rung_of(self._network, self._harms, chosen)
+                trial, better = self._attempt(prover, Trial(rung, self._map_error(rung)))
+                tried.append(trial)
+                if better is not None:
+                    kept, found = chosen, better
+                    continue
+                failed.append(chosen)
+            if len(group) > 1:
                 middle = len(group) // 2
                 pending[:0] = [group[:middle], group[middle:]]
         return tried, found
