@@ -26,19 +26,18 @@ import cv2
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from spread import percent_and_spread
+from study import exit_code, percent_and_spread, publish
 
 from recontrast_edge.datasets import GOOD, Dataset, Sample, find_dataset, read_sample
 from recontrast_edge.doctor import machine_facts
 from recontrast_edge.engines import Inference
-from recontrast_edge.errors import RecontrastError, UsageError
+from recontrast_edge.errors import UsageError
 from recontrast_edge.evaluation import Scorer, evaluate
 from recontrast_edge.images import atomic_write, read_image
 from recontrast_edge.preprocess import Image, preprocess
 from recontrast_edge.scoring import fold_maps, image_scores, level_distances, weighted
 from recontrast_edge.spec import ModelSpec, Scoring
 from recontrast_export.defects import paste_defect
-from recontrast_train.fit import TrainingStoppedError
 from recontrast_train.model import ReContrast
 from recontrast_train.recipe import Recipe, load_recipe, parse_settings
 from recontrast_train.run import load_run
@@ -357,6 +356,25 @@ def table(records: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def all_rows(options: argparse.Namespace) -> None:
+    """Measure what is missing, and write the table."""
+    if not set(options.rows) <= set(range(len(ROWS))):
+        raise UsageError(f"--rows: expected numbers from 0 to {len(ROWS) - 1}")
+    dataset = find_dataset(options.data)
+    options.out.mkdir(parents=True, exist_ok=True)
+    material = Material.of(dataset, options.held_out, options.out)
+    for seed in options.seeds:
+        networks: dict[Path, Network] = {}
+        for index in options.rows:
+            record = run(list(ROWS)[index], seed, dataset, material, options, networks)
+            figures = f"{100 * record['validation']['i_auroc']:.2f} %, test {100 * record['test']['i_auroc']:.2f} %"
+            print(f"{record['row']}, seed {seed}: I-AUROC {figures}", flush=True)
+    publish(
+        table([json.loads(path.read_text()) for path in sorted(options.out.glob("row*-*.json"))]),
+        options.out / "ablation.md",
+    )
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path, help="data set with a test set")
@@ -367,29 +385,7 @@ def main() -> int:
     parser.add_argument("--rows", nargs="+", type=int, default=list(range(len(ROWS))), help="numbers of rows, from 0")
     parser.add_argument("--seeds", nargs="+", type=int, default=[111, 112, 113])
     options = parser.parse_args()
-    try:
-        if not set(options.rows) <= set(range(len(ROWS))):
-            raise UsageError(f"--rows: expected numbers from 0 to {len(ROWS) - 1}")
-        dataset = find_dataset(options.data)
-        options.out.mkdir(parents=True, exist_ok=True)
-        material = Material.of(dataset, options.held_out, options.out)
-        for seed in options.seeds:
-            networks: dict[Path, Network] = {}
-            for index in options.rows:
-                record = run(list(ROWS)[index], seed, dataset, material, options, networks)
-                figures = f"{100 * record['validation']['i_auroc']:.2f} %, test {100 * record['test']['i_auroc']:.2f} %"
-                print(f"{record['row']}, seed {seed}: I-AUROC {figures}", flush=True)
-        text = table([json.loads(path.read_text()) for path in sorted(options.out.glob("row*-*.json"))])
-        with atomic_write(options.out / "ablation.md") as file:
-            file.write(text.encode())
-        print(text, end="")
-    except RecontrastError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except TrainingStoppedError as stopped:
-        print(f"{stopped}; the same command goes on", file=sys.stderr)
-        return stopped.exit_code
-    return 0
+    return exit_code(lambda: all_rows(options))
 
 
 if __name__ == "__main__":

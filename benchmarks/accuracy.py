@@ -28,14 +28,14 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from spread import percent_and_spread
+from study import exit_code, percent_and_spread, publish
 from torch import Tensor, nn
 from torch.nn import functional
 
 from recontrast_edge.datasets import Dataset, find_dataset
 from recontrast_edge.doctor import machine_facts
 from recontrast_edge.engines import Inference
-from recontrast_edge.errors import RecontrastError, UsageError
+from recontrast_edge.errors import UsageError
 from recontrast_edge.evaluation import Evaluation, Scorer, evaluate
 from recontrast_edge.images import atomic_write, read_image
 from recontrast_edge.preprocess import Image, preprocess
@@ -287,6 +287,20 @@ def table(records: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def all_rows(options: argparse.Namespace) -> None:
+    """Measure what is missing, and write the table."""
+    dataset = find_dataset(options.data)
+    records = []
+    for seed in options.seeds:
+        recipe = load_recipe(options.recipe, {**parse_settings(options.set), "seed": seed}).for_class(dataset.name)
+        options.out.mkdir(parents=True, exist_ok=True)
+        for name in options.methods:
+            record = run(name, dataset, recipe, options.out)
+            records.append(record)
+            print(f"{name}, seed {seed}: I-AUROC {100 * record['metrics']['i_auroc']:.2f} %", flush=True)
+    publish(table(records), options.out / "table.md")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path, help="data set with a test set")
@@ -296,24 +310,7 @@ def main() -> int:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="recipe option")
     parser.add_argument("--seeds", nargs="+", type=int, default=[111, 112, 113])
     options = parser.parse_args()
-    try:
-        dataset = find_dataset(options.data)
-        records = []
-        for seed in options.seeds:
-            recipe = load_recipe(options.recipe, {**parse_settings(options.set), "seed": seed}).for_class(dataset.name)
-            options.out.mkdir(parents=True, exist_ok=True)
-            for name in options.methods:
-                record = run(name, dataset, recipe, options.out)
-                records.append(record)
-                print(f"{name}, seed {seed}: I-AUROC {100 * record['metrics']['i_auroc']:.2f} %", flush=True)
-        text = table(records)
-        with atomic_write(options.out / "table.md") as file:
-            file.write(text.encode())
-        print(text, end="")
-    except RecontrastError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    return 0
+    return exit_code(lambda: all_rows(options))
 
 
 if __name__ == "__main__":

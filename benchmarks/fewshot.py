@@ -30,18 +30,17 @@ from typing import Any
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from spread import percent_and_spread
+from study import exit_code, percent_and_spread, publish
 
 from recontrast_edge.datasets import Dataset, Sample, find_dataset, parts_of
 from recontrast_edge.doctor import machine_facts
-from recontrast_edge.errors import InputError, RecontrastError, UsageError
+from recontrast_edge.errors import InputError, UsageError
 from recontrast_edge.evaluation import evaluate
 from recontrast_edge.images import atomic_write
 from recontrast_edge.metrics import average_precision
 from recontrast_edge.spec import PartNames
 from recontrast_train.backbones import backbone, load_weights
 from recontrast_train.data import GoodImages
-from recontrast_train.fit import TrainingStoppedError
 from recontrast_train.recipe import Recipe, load_recipe, parse_settings
 from recontrast_train.run import load_run
 from recontrast_train.score import TorchScorer
@@ -218,6 +217,28 @@ def draw(records: Sequence[dict[str, Any]], data: str, path: Path) -> None:
         figure.savefig(file, format="png", dpi=110)
 
 
+def all_rows(options: argparse.Namespace) -> None:
+    """Measure what is missing, and write the table."""
+    dataset = find_dataset(options.data)
+    total = len(dataset.training_samples())
+    if any(not 0 < share < 1 for share in options.dirty) or any(count < 2 for count in options.counts):
+        raise UsageError("expected shares between 0 and 1 for --dirty, and 2 or more for --counts")
+    rows = [Row(count) for count in sorted(set(options.counts)) if count < total] + [Row(total)]
+    rows += [row for share in options.dirty if (row := Row(total, share)).defects]
+    options.out.mkdir(parents=True, exist_ok=True)
+    records = []
+    for seed in options.seeds:
+        for row in rows:
+            records.append(run(row, seed, dataset, options))
+            value = records[-1]["metrics"]["i_auroc"]
+            print(f"{row.name} images, seed {seed}: I-AUROC {100 * value:.2f} %", flush=True)
+    document = {"format": "recontrast-edge.fewshot", "version": 1, "rows": records}
+    with atomic_write(options.out / "fewshot.json") as file:
+        file.write((json.dumps(document, indent=2) + "\n").encode())
+    draw(records, dataset.name, options.out / "fewshot.png")
+    publish(table(records), options.out / "fewshot.md")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path, help="data set with a test set")
@@ -231,35 +252,7 @@ def main() -> int:
     parser.add_argument("--seeds", nargs="+", type=int, default=[111, 112, 113])
     parser.add_argument("--device", default="auto", help="auto or cpu")
     options = parser.parse_args()
-    try:
-        dataset = find_dataset(options.data)
-        total = len(dataset.training_samples())
-        if any(not 0 < share < 1 for share in options.dirty) or any(count < 2 for count in options.counts):
-            raise UsageError("expected shares between 0 and 1 for --dirty, and 2 or more for --counts")
-        rows = [Row(count) for count in sorted(set(options.counts)) if count < total] + [Row(total)]
-        rows += [row for share in options.dirty if (row := Row(total, share)).defects]
-        options.out.mkdir(parents=True, exist_ok=True)
-        records = []
-        for seed in options.seeds:
-            for row in rows:
-                records.append(run(row, seed, dataset, options))
-                value = records[-1]["metrics"]["i_auroc"]
-                print(f"{row.name} images, seed {seed}: I-AUROC {100 * value:.2f} %", flush=True)
-        text = table(records)
-        document = {"format": "recontrast-edge.fewshot", "version": 1, "rows": records}
-        with atomic_write(options.out / "fewshot.json") as file:
-            file.write((json.dumps(document, indent=2) + "\n").encode())
-        with atomic_write(options.out / "fewshot.md") as file:
-            file.write(text.encode())
-        draw(records, dataset.name, options.out / "fewshot.png")
-        print(text, end="")
-    except RecontrastError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except TrainingStoppedError as stopped:
-        print(f"{stopped}; the same command goes on", file=sys.stderr)
-        return stopped.exit_code
-    return 0
+    return exit_code(lambda: all_rows(options))
 
 
 if __name__ == "__main__":
