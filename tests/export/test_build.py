@@ -403,7 +403,7 @@ def test_without_a_gpu_no_threshold_is_derived(calibrated: Path, good: Path, tmp
     result = build_engine(calibrated, tmp_path / "a.plan", precision="fp32", good=good)
     assert result.info.spec.threshold is None
     assert any("threshold was not derived" in note for note in result.notes)
-    with pytest.raises(CalibrationError, match="not the 12 images of good"):
+    with pytest.raises(CalibrationError, match="not the 12 good images of good"):
         build_engine(calibrated, tmp_path / "b.plan", precision="fp32", good=good.parent / "scratch")
 
 

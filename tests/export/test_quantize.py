@@ -627,7 +627,7 @@ def test_a_broken_engine_is_caught(model: Path, data_folder: Path, tmp_path: Pat
         ({"parts": ["discriminator"]}, UsageError, "has no discriminator"),
         ({"calibration": "nothing"}, InputError, "no such data set"),
         ({"validation": "nothing"}, InputError, "no such data set"),
-        ({"good": "other"}, CalibrationError, "not the 12 images of good"),
+        ({"good": "other"}, CalibrationError, "not the 12 good images of good"),
     ],
 )
 def test_bad_arguments_are_refused_before_anything_takes_time(
