@@ -41,6 +41,7 @@ from recontrast_export.defects import paste_defect
 from recontrast_train.model import ReContrast
 from recontrast_train.recipe import Recipe, load_recipe, parse_settings
 from recontrast_train.run import load_run
+from recontrast_train.score import TorchScorer
 from recontrast_train.training import TrainOptions, train
 
 Floats = NDArray[np.float32]
@@ -89,11 +90,13 @@ class Row:
     Attributes:
         overrides: options of the recipe.
         letterbox: images keep their proportions; the rest is filled by reflection.
+        tiled: images are enlarged to 7/4 and cut into four tiles of the recipe's size that share a quarter of it.
         judge: None for the first row's rule, with a training of its own.
     """
 
     overrides: dict[str, Any] = field(default_factory=dict)
     letterbox: bool = False
+    tiled: bool = False
     judge: Judge | None = None
 
 
@@ -116,6 +119,8 @@ ROWS = {
     "judged: mean of the largest 0.2 %": Row(judge=Judge({"rule": "top", "top_fraction": 0.002})),
     "judged: mean over four mirrorings": Row(judge=Judge(mirrorings=4)),
     "judged: against each position's good values": Row(judge=Judge(by_position=True)),
+    "four overlapping tiles": Row(tiled=True),
+    "features before projection": Row({"backbone": "efficientnet_lite0_expanded"}),
 }
 
 
@@ -285,7 +290,11 @@ def trained(row: Row, recipe: Recipe, dataset: Dataset, material: Material, fold
 
 
 def options_of(row: Row, recipe: Recipe) -> dict[str, Any]:
-    return {**recipe.model_dump(exclude_defaults=True), **row.overrides}
+    """All that differs from the defaults, in a row."""
+    options = {**recipe.model_dump(exclude_defaults=True), **row.overrides}
+    if row.tiled:
+        options |= {"resize_wh": [7 * side // 4 for side in recipe.size_wh], "tile_overlap": min(recipe.size_wh) // 4}
+    return options
 
 
 def run(
@@ -327,7 +336,8 @@ def run(
         networks[folder] = network
     judge = row.judge or Judge()
     positions = position_statistics(network, used.training) if judge.by_position else None
-    judged = scorer(network, judge, positions)
+    tiled = network.spec.input.is_tiled
+    judged = TorchScorer(network.model, network.spec) if tiled else scorer(network, judge, positions)
     record = identity
     for part, samples in (("validation", used.validation), ("test", used.test)):
         overall = evaluate(judged, samples, network.spec, progress=True).overall
