@@ -120,7 +120,6 @@ ROWS = {
     "judged: mean over four mirrorings": Row(judge=Judge(mirrorings=4)),
     "judged: against each position's good values": Row(judge=Judge(by_position=True)),
     "four overlapping tiles": Row(tiled=True),
-    "features before projection": Row({"backbone": "efficientnet_lite0_expanded"}),
 }
 
 

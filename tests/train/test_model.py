@@ -26,7 +26,6 @@ PARAMETERS = {
     "resnet34": 38.685,
     "resnet18": 21.122,
     "efficientnet_lite0": 3.778,
-    "efficientnet_lite0_expanded": 7.615,
 }
 
 

@@ -13,7 +13,7 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, cast
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -137,17 +137,9 @@ class SameConv2d(nn.Conv2d):
 
 
 class _InvertedResidual(nn.Module):
-    """MBConv without squeeze-and-excite, ReLU6 (EfficientNet-Lite).
+    """MBConv without squeeze-and-excite, ReLU6 (EfficientNet-Lite)."""
 
-    ``forward`` is ``project`` of ``expanded``.
-
-    Args:
-        projects: False leaves the last part out, for a block whose output nobody asks for.
-    """
-
-    def __init__(
-        self, in_channels: int, out_channels: int, kernel: int, stride: int, expand: int, projects: bool = True
-    ) -> None:
+    def __init__(self, in_channels: int, out_channels: int, kernel: int, stride: int, expand: int) -> None:
         super().__init__()
         hidden = in_channels * expand
         self.expands = expand != 1
@@ -156,25 +148,17 @@ class _InvertedResidual(nn.Module):
             self._bn0 = _lite_norm(hidden)
         self._depthwise_conv = SameConv2d(hidden, hidden, kernel, stride, groups=hidden, bias=False)
         self._bn1 = _lite_norm(hidden)
-        self.projects = projects
-        if projects:
-            self._project_conv = nn.Conv2d(hidden, out_channels, 1, bias=False)
-            self._bn2 = _lite_norm(out_channels)
+        self._project_conv = nn.Conv2d(hidden, out_channels, 1, bias=False)
+        self._bn2 = _lite_norm(out_channels)
         self.residual = stride == 1 and in_channels == out_channels
 
-    def expanded(self, x: Tensor) -> Tensor:
-        """The wide features, (N, in_channels * expand, h, w), 0 to 6."""
+    def forward(self, x: Tensor) -> Tensor:
+        identity = x
         if self.expands:
             x = functional.relu6(self._bn0(self._expand_conv(x)))
-        return functional.relu6(self._bn1(self._depthwise_conv(x)))
-
-    def project(self, expanded: Tensor, x: Tensor) -> Tensor:
-        """The block's output, from the wide features and its input."""
-        projected: Tensor = self._bn2(self._project_conv(expanded))
-        return projected + x if self.residual else projected
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.project(self.expanded(x), x)
+        x = functional.relu6(self._bn1(self._depthwise_conv(x)))
+        x = self._bn2(self._project_conv(x))
+        return x + identity if self.residual else x
 
 
 def _lite_norm(channels: int) -> nn.BatchNorm2d:
@@ -188,25 +172,18 @@ _LITE0_STAGES = ((3, 1, 1, 16, 1), (3, 2, 6, 24, 2), (5, 2, 6, 40, 2), (3, 2, 6,
 
 
 class EfficientNetLite0Encoder(nn.Module):
-    """Stem and stages 1 to 5 of EfficientNet-Lite0; levels are the outputs of stages 2, 3 and 5.
+    """Stem and stages 1 to 5 of EfficientNet-Lite0; levels are the outputs of stages 2, 3 and 5."""
 
-    Args:
-        expanded: levels are what the last block of each of these stages computes before it projects, six times as wide.
-    """
-
-    def __init__(self, *, expanded: bool = False) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.expanded = expanded
         self._conv_stem = SameConv2d(3, 32, 3, 2, bias=False)
         self._bn0 = _lite_norm(32)
         blocks: list[nn.Module] = []
         channels = 32
         ends: list[int] = []
-        last = sum(stage[-1] for stage in _LITE0_STAGES) - 1
         for kernel, stride, expand, out_channels, repeats in _LITE0_STAGES:
             for repeat in range(repeats):
-                own_stride, projects = stride if repeat == 0 else 1, not (expanded and len(blocks) == last)
-                blocks.append(_InvertedResidual(channels, out_channels, kernel, own_stride, expand, projects))
+                blocks.append(_InvertedResidual(channels, out_channels, kernel, stride if repeat == 0 else 1, expand))
                 channels = out_channels
             ends.append(len(blocks) - 1)
         self._blocks = nn.ModuleList(blocks)
@@ -216,16 +193,9 @@ class EfficientNetLite0Encoder(nn.Module):
         """(N, 3, H, W) -> features at strides 4, 8, 16."""
         x = functional.relu6(self._bn0(self._conv_stem(x)))
         levels = []
-        for index, module in enumerate(self._blocks):
-            block = cast(_InvertedResidual, module)
-            ends_level = index in self.level_ends
-            if self.expanded and ends_level:
-                levels.append(block.expanded(x))
-                if block.projects:
-                    x = block.project(levels[-1], x)
-                continue
+        for index, block in enumerate(self._blocks):
             x = block(x)
-            if ends_level:
+            if index in self.level_ends:
                 levels.append(x)
         return levels
 
@@ -240,8 +210,6 @@ class Backbone:
     build: Callable[[], Encoder]
     channels: tuple[int, int, int]
     """Channels of the three levels."""
-    widths: tuple[int, int, int]
-    """Channels of the decoder's stages at the three levels; its heads bring them to ``channels``."""
     bottleneck_channels: int
     """Channels at stride 32, between bottleneck and decoder."""
     block: Block
@@ -264,7 +232,6 @@ def _resnet(block: Block, blocks: tuple[int, int, int], bottleneck: int, base_wi
     return Backbone(
         build=lambda: ResNetEncoder(block, blocks, base_width),
         channels=(64 * e, 128 * e, 256 * e),
-        widths=(64 * e, 128 * e, 256 * e),
         bottleneck_channels=512 * e,
         block=block,
         blocks=(bottleneck, *blocks),
@@ -277,11 +244,14 @@ def _resnet(block: Block, blocks: tuple[int, int, int], bottleneck: int, base_wi
     )
 
 
-def _lite0(*, expanded: bool) -> Backbone:
-    return Backbone(
-        build=lambda: EfficientNetLite0Encoder(expanded=expanded),
-        channels=(144, 240, 672) if expanded else (24, 40, 112),
-        widths=(48, 80, 224) if expanded else (24, 40, 112),
+BACKBONES: dict[str, Backbone] = {
+    "wide_resnet50_2": _resnet(Bottleneck, (3, 4, 6), 3, 128, "wide_resnet50_2-95faca4d.pth"),
+    "resnet50": _resnet(Bottleneck, (3, 4, 6), 3, 64, "resnet50-0676ba61.pth"),
+    "resnet34": _resnet(BasicBlock, (3, 4, 6), 3, 64, "resnet34-b627a593.pth"),
+    "resnet18": _resnet(BasicBlock, (2, 2, 2), 2, 64, "resnet18-f37072fd.pth"),
+    "efficientnet_lite0": Backbone(
+        build=EfficientNetLite0Encoder,
+        channels=(24, 40, 112),
         # Lite0's own width at stride 32.
         bottleneck_channels=192,
         block=BasicBlock,
@@ -292,16 +262,7 @@ def _lite0(*, expanded: bool) -> Backbone:
         std=(128 / 255, 128 / 255, 128 / 255),
         weights="package",
         sha256_prefix=_LITE0_SHA256,
-    )
-
-
-BACKBONES: dict[str, Backbone] = {
-    "wide_resnet50_2": _resnet(Bottleneck, (3, 4, 6), 3, 128, "wide_resnet50_2-95faca4d.pth"),
-    "resnet50": _resnet(Bottleneck, (3, 4, 6), 3, 64, "resnet50-0676ba61.pth"),
-    "resnet34": _resnet(BasicBlock, (3, 4, 6), 3, 64, "resnet34-b627a593.pth"),
-    "resnet18": _resnet(BasicBlock, (2, 2, 2), 2, 64, "resnet18-f37072fd.pth"),
-    "efficientnet_lite0": _lite0(expanded=False),
-    "efficientnet_lite0_expanded": _lite0(expanded=True),
+    ),
 }
 
 Weights = Literal["imagenet", "random"] | Path

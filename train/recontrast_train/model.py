@@ -75,23 +75,16 @@ def _fuse(in_channels: int, out_channels: int) -> nn.Sequential:
 
 
 class FusionBottleneck(nn.Module):
-    """Brings the three levels to the deepest one's resolution, then halves the resolution once more."""
+    """Brings the three levels to the deepest one's resolution and width, then halves the resolution once more."""
 
     def __init__(
-        self,
-        channels: tuple[int, int, int],
-        widths: tuple[int, int, int],
-        out_channels: int,
-        block: Block,
-        blocks: int,
-        base_width: int,
+        self, channels: tuple[int, int, int], out_channels: int, block: Block, blocks: int, base_width: int
     ) -> None:
         super().__init__()
-        _, to_middle, to_coarse = widths
-        self.fine = nn.Sequential(_fuse(channels[0], to_middle), _fuse(to_middle, to_coarse))
-        self.middle = _fuse(channels[1], to_coarse)
-        fused = 2 * to_coarse + channels[2]
-        self.stage = make_stage(block, fused, out_channels // block.expansion, blocks, 2, base_width)
+        fine, middle, coarse = channels
+        self.fine = nn.Sequential(_fuse(fine, middle), _fuse(middle, coarse))
+        self.middle = _fuse(middle, coarse)
+        self.stage = make_stage(block, 3 * coarse, out_channels // block.expansion, blocks, 2, base_width)
 
     def forward(self, levels: list[Tensor]) -> Tensor:
         """Features at strides 4, 8, 16 -> (N, out_channels, H / 32, W / 32)."""
@@ -106,7 +99,7 @@ class Decoder(nn.Module):
     def __init__(
         self,
         in_channels: int,
-        widths: tuple[int, int, int],
+        channels: tuple[int, int, int],
         block: Block,
         blocks: tuple[int, int, int],
         base_width: int,
@@ -114,7 +107,7 @@ class Decoder(nn.Module):
         super().__init__()
         up = _UpBasicBlock if block is BasicBlock else _UpBottleneck
         stages = []
-        for out_channels, count in zip(reversed(widths), blocks, strict=True):
+        for out_channels, count in zip(reversed(channels), blocks, strict=True):
             planes = out_channels // block.expansion
             rest = [block(out_channels, planes, 1, base_width) for _ in range(1, count)]
             stages.append(nn.Sequential(up(in_channels, planes, base_width), *rest))
@@ -165,23 +158,18 @@ class ReContrast(nn.Module):
         self.encoder_bn = encoder_bn
         self.encoder = entry.build()
         self.bottleneck = FusionBottleneck(
-            entry.channels, entry.widths, entry.bottleneck_channels, entry.block, entry.blocks[0], entry.base_width
+            entry.channels, entry.bottleneck_channels, entry.block, entry.blocks[0], entry.base_width
         )
         self.decoder = Decoder(
             entry.bottleneck_channels,
-            entry.widths,
+            entry.channels,
             entry.block,
             (entry.blocks[1], entry.blocks[2], entry.blocks[3]),
             entry.base_width,
         )
         # heads[view][level]
         self.heads = nn.ModuleList(
-            [
-                nn.ModuleList(
-                    nn.Conv2d(width, count, 1) for width, count in zip(entry.widths, entry.channels, strict=True)
-                )
-                for _ in range(2)
-            ]
+            [nn.ModuleList([nn.Conv2d(channels, channels, 1) for channels in entry.channels]) for _ in range(2)]
         )
         self._initialise()
         self.frozen = copy.deepcopy(self.encoder)
