@@ -12,7 +12,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from recontrast_edge.datasets import aptos, isic2018, magnetic_tile, mvtec, oct2017, visa
-from recontrast_edge.datasets.base import GOOD, Dataset, Sample, image_files, natural_key
+from recontrast_edge.datasets.base import GOOD, Dataset, Sample, image_files, natural_key, subfolders
 from recontrast_edge.datasets.part_names import alike, parts_by_name, parts_of
 from recontrast_edge.datasets.plain import find_folder, find_list
 from recontrast_edge.datasets.reading import combined_sha256, data_sha256, file_sha256, mask_to_map, read_sample
@@ -43,18 +43,33 @@ def find_dataset(path: Path) -> Dataset:
     """Find a data set without opening its images.
 
     What looks like a known layout must be it to the last file. Any other folder is taken as good images, subfolders
-    included, and any other file as a list of good images. Files that are no images by their suffix, and hidden ones,
-    are ignored in folders.
+    included, unless one of these is a known layout, and any other file as a list of good images. Files that are no
+    images by their suffix, and hidden ones, are ignored in folders.
 
     Raises:
         InputError: nothing there, another layout than it looks like, an image without a mask where others have one,
-            or a listed image that does not exist.
+            a data set one folder further down, or a listed image that does not exist.
     """
     try:
         if path.is_dir():
-            return next((dataset for find in _LAYOUTS if (dataset := find(path))), None) or find_folder(path)
+            return _known_layout(path) or _plain_folder(path)
         if path.exists():
             return visa.find_split(path) or find_list(path)
     except OSError as error:
         raise InputError(f"{error.filename or path}: cannot be read ({error.strerror or error})") from None
     raise InputError(f"{path}: no such data set; expected a folder or a text file that lists images")
+
+
+def _known_layout(path: Path) -> Dataset | None:
+    return next((dataset for find in _LAYOUTS if (dataset := find(path))), None)
+
+
+def _plain_folder(path: Path) -> Dataset:
+    # Archives often unpack into a folder of their own. As good images, its defects and masks would be trained on.
+    for folder in subfolders(path):
+        if _known_layout(folder) is not None:
+            raise InputError(
+                f"{path}: holds a data set in {folder.name}, but is none itself; expected {folder}, or a folder of good "
+                "images alone"
+            )
+    return find_folder(path)

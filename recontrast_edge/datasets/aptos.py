@@ -43,10 +43,12 @@ def find(root: Path) -> Dataset | None:
             images for the split.
     """
     images, table = root / "train_images", root / "train.csv"
-    if not images.is_dir():
+    # With the table, the test images are the competition's: diseased ones among them, and not one graded.
+    if not images.is_dir() and not (table.is_file() and (root / "test_images").is_dir()):
         return None
-    if not table.is_file():
-        raise layout_error(f"{table}: no such file", TREE, root)
+    for needed, what in ((images, "folder"), (table, "file")):
+        if not needed.exists():
+            raise layout_error(f"{needed}: no such {what}", TREE, root)
     good: list[Sample] = []
     graded: list[Sample] = []
     for number, row in read_table(table, ("id_code", "diagnosis")):

@@ -25,6 +25,13 @@ def names(samples: tuple[Sample, ...]) -> list[str]:
 
 
 @pytest.mark.parametrize("name", archives.ARCHIVES)
+def test_an_archive_one_folder_further_down_is_no_folder_of_good_images(name: str, tmp_path: Path) -> None:
+    root = archives.ARCHIVES[name](tmp_path / "unpacked" / name)
+    with pytest.raises(InputError, match="holds a data set in .*, but is none itself"):
+        find_dataset(root.parent)
+
+
+@pytest.mark.parametrize("name", archives.ARCHIVES)
 def test_every_defect_with_ground_truth_is_where_its_mask_says(name: str, tmp_path: Path) -> None:
     dataset = find_dataset(archives.ARCHIVES[name](tmp_path / name))
     assert dataset.name == name
@@ -175,6 +182,10 @@ class TestAptos:
             find_dataset(root)
         (root / "train.csv").unlink()
         with pytest.raises(InputError, match=r"(?s)train\.csv: no such file; expected\n.*id_code,diagnosis"):
+            find_dataset(root)
+        (root / "train.csv").write_text(table)
+        (root / "train_images").rename(tmp_path / "elsewhere")
+        with pytest.raises(InputError, match=r"(?s)train_images: no such folder; expected\n.*found in .*test_images/"):
             find_dataset(root)
 
     def test_the_fundus_is_cropped_to_a_centred_square(self) -> None:
