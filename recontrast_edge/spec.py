@@ -25,6 +25,7 @@ SPEC_VERSION: Literal[2] = 2
 IMAGE_DIGEST_DIGITS = 16
 """Hex digits of an image's SHA-256 that ``Training.image_digests`` keeps: enough that no two images share them."""
 
+ClassName = Annotated[str, Field(min_length=1, max_length=200)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 ImageDigest = Annotated[str, Field(pattern=rf"^[0-9a-f]{{{IMAGE_DIGEST_DIGITS}}}$")]
 Positive = Annotated[int, Field(gt=0, le=16384)]
@@ -187,7 +188,7 @@ class ModelSpec(_Frozen):
 
     format: Literal["recontrast-edge.spec"] = SPEC_FORMAT
     version: Literal[2] = SPEC_VERSION
-    class_name: Annotated[str, Field(min_length=1, max_length=200)]
+    class_name: ClassName
     backbone: Annotated[str, Field(min_length=1, max_length=100)]
     input: InputSpec
     levels: Annotated[tuple[Level, ...], Field(min_length=1, max_length=8)]

@@ -69,7 +69,7 @@ def _plain_folder(path: Path) -> Dataset:
     for folder in subfolders(path):
         if _known_layout(folder) is not None:
             raise InputError(
-                f"{path}: holds a data set in {folder.name}, but is none itself; expected {folder}, or a folder of good "
-                "images alone"
+                f"{path}: holds a data set in {folder.name}, but is none itself; expected {folder}, or a folder of "
+                "good images alone"
             )
     return find_folder(path)

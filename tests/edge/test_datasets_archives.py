@@ -27,7 +27,7 @@ def names(samples: tuple[Sample, ...]) -> list[str]:
 @pytest.mark.parametrize("name", archives.ARCHIVES)
 def test_an_archive_one_folder_further_down_is_no_folder_of_good_images(name: str, tmp_path: Path) -> None:
     root = archives.ARCHIVES[name](tmp_path / "unpacked" / name)
-    with pytest.raises(InputError, match="holds a data set in .*, but is none itself"):
+    with pytest.raises(InputError, match=r"holds a data set in .*, but is none itself"):
         find_dataset(root.parent)
 
 

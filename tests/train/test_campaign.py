@@ -141,6 +141,20 @@ def test_one_model_for_all_categories(mvtec: Path, tmp_path: Path) -> None:
     assert load_run(out)[1] == spec
 
 
+def test_names_that_are_in_no_category_or_no_text_are_told(
+    mvtec: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = mvtec.rename(tmp_path / "mvtec[\udcff")
+    recipe = tmp_path / "own.toml"
+    recipe.write_text('[per_class.bottel]\nencoder_bn = "eval"\n[per_class.screw]\nencoder_bn = "eval"\n')
+    for stream in (sys.stdout, sys.stderr):
+        # As the command does.
+        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    train_all(options(data, tmp_path / "runs", str(recipe), overrides={"iterations": 1}))
+    assert "exceptions for classes that mvtec[\\udcff has not: bottel\n" in capsys.readouterr().err
+    assert (tmp_path / "runs" / "categories.md").read_text().startswith("# mvtec[?, metrics")
+
+
 def test_a_class_name_is_for_one_product(mvtec: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="names one product, but mvtec has 2 categories"):
         train_all(options(mvtec, tmp_path / "runs", class_name="bolt"))

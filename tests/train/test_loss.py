@@ -85,6 +85,11 @@ def test_alpha_rises_over_the_first_tenth(iteration: int, expected: float) -> No
     assert mining_alpha(iteration, 2000) == pytest.approx(expected)
 
 
+@pytest.mark.parametrize(("iteration", "expected"), [(0, 1.0), (100, -1.0), (200, -3.0), (1999, -3.0)])
+def test_alpha_may_fall(iteration: int, expected: float) -> None:
+    assert mining_alpha(iteration, 2000, start=1.0, end=-3.0) == pytest.approx(expected)
+
+
 def test_alpha_ramp_of_the_stable_variant() -> None:
     assert mining_alpha(200, 2000, ramp=0.2) == pytest.approx(-1.0)
     assert mining_alpha(400, 2000, ramp=0.2) == pytest.approx(1.0)

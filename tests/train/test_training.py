@@ -18,7 +18,7 @@ import pytest
 torch = pytest.importorskip("torch", reason="needs the train extra")
 
 from recontrast_edge.datasets import Sample, file_sha256, find_dataset, parts_of  # noqa: E402
-from recontrast_edge.errors import InputError, MissingError, ModelError, UsageError  # noqa: E402
+from recontrast_edge.errors import InputError, MissingError, ModelError, OutputError, UsageError  # noqa: E402
 from recontrast_edge.spec import InputSpec, ModelSpec, PartNames  # noqa: E402
 from recontrast_train import data as data_module  # noqa: E402
 from recontrast_train import fit as training_loop  # noqa: E402
@@ -27,6 +27,7 @@ from recontrast_train.fit import OutOfTimeError, TrainingStoppedError, fit  # no
 from recontrast_train.model import ReContrast  # noqa: E402
 from recontrast_train.recipe import Recipe, load_recipe  # noqa: E402
 from recontrast_train.run import load_run  # noqa: E402
+from recontrast_train.suspects import Suspect, sheet_path, write_suspects  # noqa: E402
 from recontrast_train.training import TrainOptions, train  # noqa: E402
 
 SIZE = 64
@@ -176,6 +177,26 @@ def test_the_loss_falls(tmp_path: Path) -> None:
     assert np.mean(losses[-5:]) < 0.8 * np.mean(losses[:3])
 
 
+def test_learning_rates_drop_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rates: list[list[float]] = []
+    make = training_loop.make_optimizers
+
+    def recorded(*arguments: object) -> list[torch.optim.AdamW]:
+        optimizers = make(*arguments)  # type: ignore[arg-type]
+        for optimizer in optimizers:
+            optimizer.register_step_pre_hook(lambda stepping, *_: rates.append([stepping.param_groups[0]["lr"]]))
+        return optimizers
+
+    monkeypatch.setattr(training_loop, "make_optimizers", recorded)
+    recipe = RECIPE.model_copy(
+        update={"lr_decoder": 2e-3, "lr_encoder": 1e-5, "lr_drop_at": 0.8, "lr_drop_factor": 0.2}
+    )
+    run_fit(write_images(tmp_path / "good", 4), tmp_path / "c", recipe=recipe)
+    decoder, encoder = np.array(rates).reshape(5, 2).T
+    np.testing.assert_allclose(decoder, [2e-3] * 4 + [4e-4])
+    np.testing.assert_allclose(encoder, [1e-5] * 4 + [2e-6])
+
+
 def test_checkpoints_of_another_training_and_damaged_ones_are_refused(tmp_path: Path) -> None:
     paths = write_images(tmp_path / "good", 4)
     checkpoint = tmp_path / "c.safetensors"
@@ -195,7 +216,9 @@ def test_divergence_is_an_error(tmp_path: Path) -> None:
     model = ReContrast(RECIPE.backbone)
     with torch.no_grad():
         model.heads[0][0].weight.fill_(float("nan"))
-    with pytest.raises(ModelError, match="diverged"):
+    with pytest.raises(
+        ModelError, match="diverged: the loss is nan at iteration 1; lower lr_decoder and lr_encoder, set"
+    ):
         fit(model, GoodImages(paths, INPUT), RECIPE, checkpoint=tmp_path / "c", fingerprint="x")
 
 
@@ -304,6 +327,38 @@ def test_the_same_seed_gives_the_same_weights(data: Path, tmp_path: Path) -> Non
     first = train(options(data, tmp_path / "a"))
     second = train(options(data, tmp_path / "b"))
     assert first.weights_sha256 == second.weights_sha256
+
+
+def test_names_that_look_like_markup(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    odd = data.rename(tmp_path / "washers[bold] [")
+    train(options(odd, tmp_path / "[" / "red]run", holdout=0.2))
+    printed = capsys.readouterr().err
+    assert "washers[bold] [: " in printed
+    assert str(tmp_path / "[" / "red]run") in printed.replace("\n", "")
+
+
+def test_names_that_are_no_text(data: Path, tmp_path: Path) -> None:
+    paths = sorted((data / "train" / "good").iterdir())
+    odd = [path.rename(path.with_name(f"\udcff{path.name}")) for path in paths]
+    with pytest.raises(InputError, match=r"'.*\\udcffpart.*' a name that is no text|is no text"):
+        train(options(data, tmp_path / "run", holdout=0.2))
+    images = GoodImages(odd[:2], INPUT)
+    suspects = [Suspect(index, path, 1.0, 1.0, np.eye(8, dtype=np.float32)) for index, path in enumerate(odd[:2])]
+    write_suspects(tmp_path / "suspects.csv", suspects, images)
+    assert sheet_path(tmp_path / "suspects.csv").stat().st_size > 0
+
+
+@pytest.mark.parametrize("name", ["washers\udcff", "w" * 201])
+def test_a_name_that_the_spec_cannot_hold_is_refused_before_training(name: str, data: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="cannot be a product's name"):
+        train(options(data.rename(tmp_path / name), tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_folder_that_cannot_be_made_is_told(data: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputError, match=r"holdout\.txt: cannot write here"):
+        train(options(data, tmp_path / "file" / "run", holdout=0.2))
 
 
 def test_one_image_is_no_training_set(tmp_path: Path) -> None:

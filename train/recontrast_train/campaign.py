@@ -35,7 +35,8 @@ def train_all(options: TrainOptions, console: Console | None = None) -> None:
         TrainingStoppedError: stopped by Ctrl-C, SIGTERM or the deadline; ``resume`` goes on.
     """
     with process_group(choose_device(options.device)):
-        _train_all(options, console or Console(stderr=True, quiet=not is_main()))
+        # Names come from folders: no markup.
+        _train_all(options, console or Console(stderr=True, quiet=not is_main(), markup=False))
 
 
 def _train_all(options: TrainOptions, console: Console) -> None:
@@ -48,6 +49,13 @@ def _train_all(options: TrainOptions, console: Console) -> None:
     if recipe_file.common.unified:
         train(options, dataset, console)
     else:
+        strangers = recipe_file.exceptions.keys() - {category.name for category in dataset.categories}
+        if strangers:
+            # A name that was mistyped would go unnoticed.
+            console.print(
+                f"note: the recipe has exceptions for classes that {dataset.name} has not: "
+                f"{', '.join(sorted(strangers))}"
+            )
         failures = _train_each(options, dataset, console)
     if is_main():
         _tabulate(options, dataset, recipe_file, failures)
@@ -72,12 +80,12 @@ def _train_each(options: TrainOptions, dataset: Dataset, console: Console) -> di
         check_out(category_options)
     failures: dict[str, InputError | ModelError] = {}
     for number, (category, category_options) in enumerate(zip(dataset.categories, each, strict=True), start=1):
-        console.print(f"Category {number} of {len(each)}: {category.name}", markup=False)
+        console.print(f"Category {number} of {len(each)}: {category.name}")
         try:
             train(category_options, category, console)
         except (InputError, ModelError) as error:
             failures[category.name] = error
-            console.print(f"{category.name} failed: {error}", markup=False)
+            console.print(f"{category.name} failed: {error}")
     return failures
 
 
@@ -110,5 +118,5 @@ def _tabulate(
     with atomic_write(options.out / CATEGORIES_FILE) as file:
         file.write((json.dumps(document, indent=2) + "\n").encode())
     with atomic_write(options.out / CATEGORIES_PAGE) as file:
-        file.write(table.to_markdown().encode())
+        file.write(table.to_markdown().encode(errors="replace"))
     show_categories(table)

@@ -301,7 +301,7 @@ def _read_losses(unread: list[Tensor], losses: list[float]) -> None:
         if not math.isfinite(value):
             raise ModelError(
                 f"training diverged: the loss is {value} at iteration {len(losses) + 1}; lower lr_decoder and "
-                "lr_encoder, raise eps (the stable recipes have 1e-10 with amsgrad), or use precision fp32"
+                "lr_encoder, set encoder_bn to eval, or use precision fp32"
             )
         losses.append(value)
 

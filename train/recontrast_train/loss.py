@@ -19,7 +19,8 @@ from recontrast_train.distributed import mean_and_std
 
 def mining_alpha(iteration: int, iterations: int, *, start: float = -3.0, end: float = 1.0, ramp: float = 0.1) -> float:
     """Mining strength: from ``start`` linearly to ``end`` over the first ``ramp`` of the iterations, then ``end``."""
-    return min(start + (end - start) * iteration / (iterations * ramp), end)
+    last = iterations * ramp
+    return start + (end - start) * min(iteration, last) / last
 
 
 def easy_positions(target: Tensor, reconstruction: Tensor, alpha: float) -> Tensor:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import csv
 import io
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -176,7 +177,9 @@ def _sheet(shown: Sequence[Suspect], images: GoodImages) -> bytes:
         level = (float(np.median(suspect.heat)) + float(suspect.heat.max())) / 2
         if min(suspect.heat.shape) > 1 and level < suspect.heat.max():
             axes.contour(x, y, suspect.heat, levels=[level], colors="#ff3b30", linewidths=1.5)
-        name = suspect.path.name if len(suspect.path.name) <= 26 else f"...{suspect.path.name[-23:]}"
+        # The name's bytes may be no text.
+        name = os.fsencode(suspect.path.name).decode(errors="replace")
+        name = name if len(name) <= 26 else f"...{name[-23:]}"
         # A dollar sign in a file's name is no formula.
         axes.set_title(f"{rank}: {suspect.relative:.2f} times\n{name}", fontsize=8, parse_math=False)
     buffer = io.BytesIO()

@@ -19,6 +19,7 @@ from types import FrameType
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
@@ -30,7 +31,7 @@ from recontrast_edge.datasets import Dataset, Sample, alike, data_sha256, find_d
 from recontrast_edge.errors import InputError, UsageError
 from recontrast_edge.evaluation import evaluate
 from recontrast_edge.images import atomic_write
-from recontrast_edge.spec import InputSpec, Level, ModelSpec, PartNames, Scoring, Training
+from recontrast_edge.spec import ClassName, InputSpec, Level, ModelSpec, PartNames, Scoring, Training
 from recontrast_train.backbones import Weights, backbone, load_weights
 from recontrast_train.data import GoodImages, split_holdout
 from recontrast_train.distributed import all_or_none, choose_device, is_main, world_size
@@ -128,8 +129,11 @@ def train(options: TrainOptions, dataset: Dataset | None = None, console: Consol
         RecontrastError: bad data, recipe or weights, a run folder that is in the way, a diverged loss.
         TrainingStoppedError: stopped by Ctrl-C, SIGTERM or the deadline; ``resume`` goes on.
     """
-    console = console or Console(stderr=True, quiet=not is_main())
+    # Names come from folders: no markup.
+    console = console or Console(stderr=True, quiet=not is_main(), markup=False)
     dataset = dataset or find_dataset(options.data)
+    for name in (dataset.name, options.class_name or dataset.name):
+        _check_name(name)
     recipe = load_recipe(options.recipe, options.overrides).for_class(options.class_name or dataset.name)
     device = choose_device(options.device)
     check_options(recipe, device)
@@ -158,6 +162,17 @@ def train(options: TrainOptions, dataset: Dataset | None = None, console: Consol
             markup=False,
         )
     return spec
+
+
+def _check_name(name: str) -> None:
+    """Refuse what the spec would refuse, before the training and not after it."""
+    try:
+        TypeAdapter(ClassName).validate_python(name)
+    except ValidationError as error:
+        raise InputError(
+            f"{name!r} cannot be a product's name ({error.errors()[0]['msg']}); rename the folder, or the product by "
+            "--class-name"
+        ) from None
 
 
 def _choose(dataset: Dataset, options: TrainOptions, recipe: Recipe) -> _Training:
@@ -354,16 +369,20 @@ def _level_weights(model: ReContrast, images: GoodImages, recipe: Recipe) -> tup
 
 
 def _write_holdout(out: Path, held_out: list[Sample]) -> None:
-    out.mkdir(parents=True, exist_ok=True)
     lines = []
     for sample in held_out:
         # Relative to the list, so that a project folder can move as a whole.
         path = os.path.relpath(sample.path.resolve(), out.resolve())
-        lines.append(path if sample.part is None else f"{path}\t{sample.part}")
+        line = path if sample.part is None else f"{path}\t{sample.part}"
+        try:
+            lines.append(line.encode())
+        except UnicodeEncodeError:
+            raise InputError(
+                f"{path!r}: a name that is no text cannot be listed in {HOLDOUT_FILE}; rename it"
+            ) from None
     with atomic_write(out / HOLDOUT_FILE) as file:
-        file.write(
-            ("# good images kept out of training, for `recontrast-edge calibrate`\n" + "\n".join(lines) + "\n").encode()
-        )
+        file.write(b"# good images kept out of training, for `recontrast-edge calibrate`\n")
+        file.writelines(line + b"\n" for line in lines)
 
 
 def _evaluate(job: _Job, spec: ModelSpec) -> None:
