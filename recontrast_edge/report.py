@@ -138,6 +138,7 @@ def _content(evaluation: Evaluation, provenance: Provenance) -> dict[str, Any]:
         "n_defect": overall.n_defect,
         "key_figures": _key_figures(evaluation),
         "threshold": _threshold_in_words(spec.threshold),
+        "has_threshold": spec.threshold is not None,
         "histogram": _histogram(evaluation),
         "roc": _roc(evaluation),
         "chart_wh": CHART_WH,

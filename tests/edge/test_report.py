@@ -188,6 +188,8 @@ def test_what_is_missing_is_left_out(plates: Path, tmp_path: Path, keep: str) ->
         "by hand": "it promises nothing",
     }
     assert expected[keep] in page.text
+    # Without a threshold nothing was rejected or missed.
+    assert ("The worst" in page.text) == (spec.threshold is not None)
     assert "nan" not in page.text.lower().split()
 
 

@@ -71,6 +71,7 @@ def test_published_figures() -> None:
     published = load_recipe("mvtec", {}).published
     assert published is not None
     assert published.metrics() == {"i_auroc": 0.9945, "p_auroc": 0.9837, "aupro_per_image": 0.952}
+    assert published.source.endswith(", WideResNet50-2, last iteration, mean over the 15 classes of MVTec AD")
     assert load_recipe("mvtec-stable", {}).published is None
     for name in ("visa", "mvtec-multiclass", "visa-multiclass", "aptos", "oct2017", "isic2018"):
         assert load_recipe(name, {}).published is not None, name
