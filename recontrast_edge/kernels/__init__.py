@@ -30,6 +30,12 @@ SOURCE = "kernels.cu"
 FATBIN = "kernels.fatbin"
 """Beside the source where nvcc was there when the package was built."""
 
+KERNELS = (
+    *("distance_fp16", "distance_fp32", "fold_map", "top_score"),
+    *("preprocess_packed_fp16", "preprocess_packed_fp32", "preprocess_nv12_fp16", "preprocess_nv12_fp32"),
+)
+"""All of them, by name."""
+
 # The same numbers stand in anomaly_map.cu and preprocess.cu; the tests compare them.
 MAX_LEVELS = 8
 THREADS = 256

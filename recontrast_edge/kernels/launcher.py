@@ -14,7 +14,7 @@ from importlib.resources import files
 
 from recontrast_edge.cuda import CudaError, Device, Module, Stream
 from recontrast_edge.cuda.compiler import compiled_kernels
-from recontrast_edge.kernels import FATBIN, AnomalyMapPlan, PreprocessPlan
+from recontrast_edge.kernels import FATBIN, KERNELS, AnomalyMapPlan, PreprocessPlan
 
 _log = logging.getLogger(__name__)
 
@@ -29,11 +29,23 @@ def load_kernels(device: Device) -> Module:
     fatbin = files("recontrast_edge.kernels") / FATBIN
     if fatbin.is_file():
         try:
-            return device.load(fatbin.read_bytes())
+            return _loaded(device, fatbin.read_bytes())
         except CudaError as error:
             # Without an image for this GPU, or its PTX newer than the driver: not every binding tells which.
             _log.info("the packaged kernels do not fit this GPU (%s); compiling them for it", error)
-    return device.load(compiled_kernels(device.compute_capability))
+    return _loaded(device, compiled_kernels(device.compute_capability))
+
+
+def _loaded(device: Device, image: bytes) -> Module:
+    """With all kernels: by default the driver loads each only when asked for it, and may find no code for it then."""
+    module = device.load(image)
+    try:
+        for kernel in KERNELS:
+            module.function(kernel)
+    except CudaError:
+        module.close()
+        raise
+    return module
 
 
 class AnomalyMapLauncher:
@@ -92,6 +104,7 @@ class PreprocessLauncher:
     Args:
         source_pointer, source_pitch, out_pointer: see ``PreprocessPlan.params``.
         constants_pointer: ``plan.constants`` on the GPU, which may serve several launchers.
+        chroma_pointer, chroma_pitch: of NV12.
     """
 
     def __init__(
@@ -103,6 +116,8 @@ class PreprocessLauncher:
         source_pitch: int,
         out_pointer: int,
         constants_pointer: int,
+        chroma_pointer: int = 0,
+        chroma_pitch: int = 0,
     ) -> None:
         self._kernels = kernels
         self._launches = plan.launches()
@@ -111,6 +126,8 @@ class PreprocessLauncher:
             source_pitch=source_pitch,
             out_pointer=out_pointer,
             constants_pointer=constants_pointer,
+            chroma_pointer=chroma_pointer,
+            chroma_pitch=chroma_pitch,
         )
 
     def launch(self, stream: Stream) -> None:

@@ -98,28 +98,32 @@ class Gpu:
                 self.download(scores, (batch,), np.float32),
             )
 
-    def preprocess(
-        self, source: NDArray[np.uint8], plan: PreprocessPlan, *, chroma: NDArray[np.uint8] | None = None
-    ) -> NDArray[Any]:
-        """As ``Host.preprocess``, but for NV12, whose chroma the launcher does not pass on."""
-        assert chroma is None
-        width, height = plan.spec.size_wh
+    def rows(self, source: NDArray[np.uint8], stack: ExitStack) -> int:
+        """A copy of rows with their pitch, and up to the last row's end; gives its pointer, aligned as the original."""
         rows, pitch = source.shape[0], source.strides[0]
         whole = np.full((rows, pitch), 255, np.uint8)
         whole[:, : source[0].size] = source.reshape(rows, -1)
         shift = source.ctypes.data % 4
+        padded = np.concatenate([np.zeros(shift, np.uint8), whole.reshape(-1)])
+        return stack.enter_context(closing(self.device.upload(padded, self.stream))).pointer + shift
+
+    def preprocess(
+        self, source: NDArray[np.uint8], plan: PreprocessPlan, *, chroma: NDArray[np.uint8] | None = None
+    ) -> NDArray[Any]:
+        """As ``Host.preprocess``."""
+        width, height = plan.spec.size_wh
         with ExitStack() as stack:
             stack.enter_context(self.device.current())
-            padded = np.concatenate([np.zeros(shift, np.uint8), whole.reshape(-1)])
-            frame = stack.enter_context(closing(self.device.upload(padded, self.stream)))
             constants = stack.enter_context(closing(self.device.upload(plan.constants, self.stream)))
             out = self.filled(3 * height * width * plan.dtype.itemsize, stack)
             PreprocessLauncher(
                 self.kernels,
                 plan,
-                source_pointer=frame.pointer + shift,
-                source_pitch=pitch,
+                source_pointer=self.rows(source, stack),
+                source_pitch=source.strides[0],
                 out_pointer=out.pointer,
                 constants_pointer=constants.pointer,
+                chroma_pointer=0 if chroma is None else self.rows(chroma, stack),
+                chroma_pitch=0 if chroma is None else chroma.strides[0],
             ).launch(self.stream)
             return self.download(out, (3, height, width), plan.dtype)

@@ -39,6 +39,8 @@ from tests.kernels.test_preprocess import (  # noqa: F401 - collected here as th
     BOUND,
     make_spec,
     test_a_camera_frame_much_larger_than_the_network,
+    test_nv12_takes_the_matrix_it_is_told,
+    test_nv12_with_rows_longer_than_the_picture,
     test_word_loads_only_where_rows_are_aligned,
 )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import re
 from typing import Any
 
 import numpy as np
@@ -12,10 +13,10 @@ from hypothesis import strategies as st
 
 from recontrast_edge import kernels
 from recontrast_edge.errors import InputError, ModelError
-from recontrast_edge.kernels import AnomalyMapParams, AnomalyMapPlan, PreprocessParams, PreprocessPlan
+from recontrast_edge.kernels import KERNELS, AnomalyMapParams, AnomalyMapPlan, PreprocessParams, PreprocessPlan
 from recontrast_edge.scoring import VIEWS, reconstruction_name, target_name
 from recontrast_edge.spec import InputSpec, Level, ModelSpec, Roi, Scoring
-from tests.kernels.host import Host
+from tests.kernels.host import Host, kernel_folder
 
 WIDE_RESNET50 = [(256, 64, 64), (512, 32, 32), (1024, 16, 16)]
 RESNET18 = [(64, 64, 64), (128, 32, 32), (256, 16, 16)]
@@ -35,6 +36,11 @@ def pointers(levels: int, address: int = 4096) -> dict[str, int]:
         for view in range(VIEWS)
         for name in (target_name, reconstruction_name)
     }
+
+
+def test_the_kernels_are_those_of_the_sources() -> None:
+    text = "".join(path.read_text() for path in sorted(kernel_folder().glob("*.cu")))
+    assert sorted(re.findall(r"__global__ void __launch_bounds__\(.*?\)\s+(\w+)\(", text)) == sorted(KERNELS)
 
 
 def test_source_and_plan_agree_on_every_constant(host: Host) -> None:

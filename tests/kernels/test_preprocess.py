@@ -114,6 +114,16 @@ def test_nv12_takes_the_matrix_it_is_told(host: Host, standard: YuvStandard) -> 
     assert np.abs(out - preprocess(nv12_to_bgr(frame, standard), spec)).max() <= 1e-6
 
 
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+def test_nv12_with_rows_longer_than_the_picture(host: Host, dtype: type) -> None:
+    """As the ISP of a Jetson hands them over; the chroma's pitch need not be the luma's."""
+    frame = np.random.default_rng(0).integers(0, 256, (90, 100), dtype=np.uint8)
+    spec = make_spec(size_wh=(32, 32), resize_wh=(48, 40), roi=Roi(x=7, y=5, width=71, height=49))
+    plan = PreprocessPlan(spec, (100, 60), "nv12", dtype=dtype)
+    out = host.preprocess(with_pitch(frame[:60], 128), plan, chroma=with_pitch(frame[60:], 101))
+    assert np.abs(out - preprocess(nv12_to_bgr(frame), spec)).max() <= BOUND[dtype]
+
+
 def test_nv12_oracle_is_bt601_as_opencv_has_it() -> None:
     frame = np.random.default_rng(0).integers(16, 236, (48, 40), dtype=np.uint8)
     theirs = cv2.cvtColor(frame, cv2.COLOR_YUV2BGR_NV12)
