@@ -441,12 +441,18 @@ def measure_frame(torch: Any, device: Device, model: str, frame_wh: tuple[int, i
                 )
             )
         )
-        stream.synchronize()
-        with stream.capture() as capture:
+
+        def enqueue() -> None:
             stream.copy_to_device(frame.pointer, host.array)
             preprocessing.launch(stream)
             mapping.launch(1, stream)
             stream.copy_to_host(score_host.array, score.pointer)
+
+        # A kernel is loaded when it is launched for the first time, which must not be captured.
+        enqueue()
+        stream.synchronize()
+        with stream.capture() as capture:
+            enqueue()
         graph = stack.enter_context(closing(capture.graph()))
         on_gpu = replayed(device, stream, graph, 1)
         wanted = oracle_maps(features, len(LEVELS_CHW[model])).max()

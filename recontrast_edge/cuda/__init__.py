@@ -138,7 +138,10 @@ class GraphBinding(Protocol):
 
 
 class _Resource:
-    """Something of the GPU that must be given back."""
+    """Something of the GPU that must be given back.
+
+    Closing it also drops the binding's object: some give their resource back only then, and need the context for it.
+    """
 
     def __init__(self, device: Device) -> None:
         self._device = device
@@ -209,6 +212,7 @@ class Event(_Resource):
 
     def _free(self) -> None:
         self._device._binding.destroy_event(self._handle)
+        self._handle = None
 
 
 class Module(_Resource):
@@ -226,7 +230,9 @@ class Module(_Resource):
         return self._functions[name]
 
     def _free(self) -> None:
+        self._functions.clear()
         self._device._binding.unload_module(self._handle)
+        self._handle = None
 
 
 class Graph(_Resource):
@@ -312,6 +318,7 @@ class Stream(_Resource):
     def _free(self) -> None:
         if self._owned:
             self._device._binding.destroy_stream(self._handle)
+        self._handle = None
 
 
 class Capture:

@@ -46,7 +46,7 @@ class CudaBindings:
 
     def _initialize(self, ordinal: int, *, asked_for: bool) -> None:
         try:
-            self._call("cuInit", 0)
+            self._result("cuInit", self._driver.cuInit(0))
             count = self._call("cuDeviceGetCount")
         except CudaError as error:
             raise MissingError(f"no NVIDIA GPU can be used here ({error}); see `recontrast-edge doctor`") from None
@@ -59,7 +59,16 @@ class CudaBindings:
 
     def _call(self, function: str, *arguments: Any) -> Any:
         """Call the driver; its result without the code, a single value as such."""
-        code, *results = getattr(self._driver, function)(*arguments)
+        try:
+            returned = getattr(self._driver, function)(*arguments)
+        except RuntimeError as error:
+            # The binding looks a function up when it is called first.
+            reason = str(error).strip().splitlines()[0]
+            raise CudaError(function, "", f"{reason}; the driver is older than {self.name}") from None
+        return self._result(function, returned)
+
+    def _result(self, function: str, returned: tuple[Any, ...]) -> Any:
+        code, *results = returned
         if code != self._driver.CUresult.CUDA_SUCCESS:
             raise CudaError(function, code.name, self._text(code))
         return results[0] if len(results) == 1 else tuple(results)

@@ -22,7 +22,7 @@ class PyCuda:
     """See ``cuda.Binding`` and ``cuda.open_device``.
 
     PyCUDA checks every return code itself and raises; those errors become CudaError here. Its objects free themselves
-    when the last reference goes, some only so.
+    when the last reference goes, some only so: then a context that is not current or gone costs a warning and a leak.
 
     Raises:
         MissingError: the package, the driver or the GPU is missing.

@@ -1,10 +1,12 @@
 """A CUDA driver in host memory that records every call and runs the kernels' own source; for tests without a GPU.
 
-    driver = FakeDriver(host); monkeypatch.setattr(cuda_bindings, "_import_driver", lambda: driver)
+    driver = FakeDriver(host); install(driver, monkeypatch)
 
 Work is only queued until somebody waits, as on a GPU: whoever reads a result too early reads NaN. Fresh memory is full
-of NaN, and every copy must lie within living allocations. ``FakeDriver`` has the functions of ``cuda.bindings.driver``
-that the project calls; ``FakePyCuda`` is ``pycuda.driver`` on top of one.
+of NaN. What is copied, cleared or handed to a kernel must be memory of the right kind that still lives when the work is
+done, contexts are current for a thread, and a capture is spoilt by whatever could make a real driver wait or allocate.
+``FakeDriver`` has the functions of ``cuda.bindings.driver`` that the project calls; ``FakePyCuda`` is ``pycuda.driver``
+on top of one, and ``tests.edge.libcuda`` puts one below the real package.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from __future__ import annotations
 import ctypes
 import itertools
 import re
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,7 +23,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pytest
 
+from recontrast_edge.cuda import cuda_bindings
 from recontrast_edge.kernels import AnomalyMapParams, Launch, PreprocessParams
 from tests.kernels.host import Host
 
@@ -36,27 +41,67 @@ class CUresult(IntEnum):
     CUDA_ERROR_OUT_OF_MEMORY = 2
     CUDA_ERROR_NO_DEVICE = 100
     CUDA_ERROR_NO_BINARY_FOR_GPU = 209
+    CUDA_ERROR_INVALID_HANDLE = 400
+    CUDA_ERROR_NOT_READY = 600
     CUDA_ERROR_ILLEGAL_ADDRESS = 700
     CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED = 900
     CUDA_ERROR_STREAM_CAPTURE_INVALIDATED = 901
 
 
-class _Flag(IntEnum):
-    CU_STREAM_NON_BLOCKING = 1
-    CU_EVENT_DEFAULT = 2
-    CU_EVENT_RECORD_DEFAULT = 3
-    CU_EVENT_RECORD_EXTERNAL = 4
-    CU_STREAM_CAPTURE_MODE_THREAD_LOCAL = 5
-    CU_STREAM_CAPTURE_STATUS_ACTIVE = 6
-    CU_STREAM_CAPTURE_STATUS_NONE = 7
-    CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR = 8
-    CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR = 9
-    CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT = 10
+class CUdevice_attribute(IntEnum):  # noqa: N801
+    CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT = 16
+    CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR = 75
+    CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR = 76
 
+
+class CUstream_flags(IntEnum):  # noqa: N801
+    CU_STREAM_NON_BLOCKING = 1
+
+
+class CUevent_flags(IntEnum):  # noqa: N801
+    CU_EVENT_DEFAULT = 0
+
+
+class CUevent_record_flags(IntEnum):  # noqa: N801
+    CU_EVENT_RECORD_DEFAULT = 0
+    CU_EVENT_RECORD_EXTERNAL = 1
+
+
+class CUstreamCaptureMode(IntEnum):
+    CU_STREAM_CAPTURE_MODE_THREAD_LOCAL = 1
+
+
+class CUstreamCaptureStatus(IntEnum):
+    CU_STREAM_CAPTURE_STATUS_NONE = 0
+    CU_STREAM_CAPTURE_STATUS_ACTIVE = 1
+
+
+ENUMS = (
+    CUresult,
+    CUdevice_attribute,
+    CUstream_flags,
+    CUevent_flags,
+    CUevent_record_flags,
+    CUstreamCaptureMode,
+    CUstreamCaptureStatus,
+)
+"""With the driver's own numbers."""
 
 ALLOCATIONS = frozenset(
     {"cuMemAlloc", "cuMemHostAlloc", "cuStreamCreate", "cuEventCreate", "cuModuleLoadData", "cuGraphInstantiate"}
 )
+
+SPOIL_CAPTURES = frozenset(
+    {"cuMemAlloc", "cuMemFree", "cuMemHostAlloc", "cuMemFreeHost", "cuModuleLoadData", "cuModuleUnload"}
+    # By default the driver loads a kernel when it is asked for, or launched for the first time.
+    | {"cuModuleGetFunction"}
+)
+"""May wait or allocate, and so are refused to a thread that captures; as is a kernel's first launch."""
+
+
+def install(driver: FakeDriver, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make it what ``cuda-bindings`` finds."""
+    monkeypatch.setattr(cuda_bindings, "_import_driver", lambda: driver)
 
 
 class FakeDriver:
@@ -64,14 +109,20 @@ class FakeDriver:
 
     Attributes:
         calls: names of the functions called, in order.
-        failures: function -> code that its next call gives instead of doing anything.
+        failures: function -> code that its next call gives instead of doing anything; an illegal address costs the
+            context, so that every later call gives it too.
         live: what was made and not given back: handle -> kind.
         compute_capability: of the GPU.
+        is_alone: no other library allocates, so that every pointer that a kernel gets must be known.
     """
 
     CUresult = CUresult
-    CUdevice_attribute = CUevent_flags = CUevent_record_flags = CUstream_flags = _Flag
-    CUstreamCaptureMode = CUstreamCaptureStatus = _Flag
+    CUdevice_attribute = CUdevice_attribute
+    CUstream_flags = CUstream_flags
+    CUevent_flags = CUevent_flags
+    CUevent_record_flags = CUevent_record_flags
+    CUstreamCaptureMode = CUstreamCaptureMode
+    CUstreamCaptureStatus = CUstreamCaptureStatus
     CUcontext = CUstream = int
 
     def __init__(self, host: Host | None = None, *, compute_capability: tuple[int, int] = (8, 7)) -> None:
@@ -79,18 +130,21 @@ class FakeDriver:
         self.failures: dict[str, CUresult] = {}
         self.live: dict[int, str] = {}
         self.compute_capability = compute_capability
+        self.is_alone = True
         self.images: list[bytes] = []
-        self.current: list[int] = []
+        self._contexts = threading.local()
+        self._lost = CUresult.CUDA_SUCCESS
         self._host = host
         self._runs_kernels = True
         self._handles = itertools.count(1000)
         self._memory: dict[int, np.ndarray] = {}
         self._queues: dict[int, list[Work]] = {}
-        self._captures: dict[int, list[Work]] = {}
+        self._captures: dict[int, _Capture] = {}
         self._graphs: dict[int, list[Work]] = {}
-        self._functions: dict[int, str] = {}
+        self._functions: dict[int, tuple[int, str]] = {}
+        self._launched: set[int] = set()
         self._ticks = itertools.count()
-        self._event_ticks: dict[int, int] = {}
+        self._event_ticks: dict[int, int | None] = {}
 
     def __getattribute__(self, name: str) -> Any:
         found = super().__getattribute__(name)
@@ -99,13 +153,13 @@ class FakeDriver:
 
         def called(*arguments: Any) -> tuple[Any, ...]:
             self.calls.append(name)
-            if name not in ("cuInit", "cuDeviceGetCount", "cuDeviceGet", "cuCtxPushCurrent", "cuGetErrorString"):
-                primary = ("cuDevicePrimaryCtxRetain", "cuDevicePrimaryCtxRelease")
-                assert self.current or name in primary, f"{name} without a current context"
-            code = self.failures.pop(name, CUresult.CUDA_SUCCESS)
+            assert self.current or name in _WITHOUT_CONTEXT, f"{name} without a current context"
+            code = self.failures.pop(name, self._lost if name not in _WITHOUT_CONTEXT else CUresult.CUDA_SUCCESS)
+            if code == CUresult.CUDA_ERROR_ILLEGAL_ADDRESS:
+                self._lost = code
             if code != CUresult.CUDA_SUCCESS:
                 return code, *([None] * _RESULTS.get(name, 0))
-            result = found(*arguments)
+            result = self._spoilt(name) or found(*arguments)
             if isinstance(result, CUresult):
                 return result, *([None] * _RESULTS.get(name, 0))
             return (
@@ -117,6 +171,12 @@ class FakeDriver:
 
     # What tests ask.
 
+    @property
+    def current(self) -> list[int]:
+        """The calling thread's contexts."""
+        contexts: list[int] = self._contexts.__dict__.setdefault("stack", [])
+        return contexts
+
     def counts(self) -> Counter[str]:
         return Counter(self.calls)
 
@@ -124,7 +184,12 @@ class FakeDriver:
         """As another library would, TensorRT for one."""
         assert stream in self._queues, f"work for a stream that is not there: {stream}"
         capture = self._captures.get(stream)
-        (self._queues[stream] if capture is None else capture).append(work)
+        (self._queues[stream] if capture is None else capture.work).append(work)
+
+    def end(self) -> None:
+        """What a process leaves behind goes with it."""
+        for left in (self.live, self._graphs, self._queues):
+            left.clear()
 
     @contextmanager
     def without_kernels(self) -> Iterator[None]:
@@ -150,11 +215,21 @@ class FakeDriver:
     def _drop(self, handle: int, kind: str) -> None:
         assert self.live.pop(handle, None) == kind, f"{kind} {handle} given back twice, or never made"
 
-    def _view(self, pointer: int, size: int) -> np.ndarray:
+    def _view(self, pointer: int, size: int, kind: str = "device memory") -> np.ndarray:
         for start, memory in self._memory.items():
-            if start <= pointer and pointer + size <= start + memory.size:
+            if start <= pointer and pointer + size <= start + memory.size and self.live[start] == kind:
                 return memory[pointer - start : pointer - start + size]
-        raise AssertionError(f"{size} bytes at {pointer:#x} are not within any living allocation")
+        raise AssertionError(f"{size} bytes at {pointer:#x} are not within any living {kind}")
+
+    def _spoilt(self, name: str) -> CUresult | None:
+        if name not in SPOIL_CAPTURES:
+            return None
+        own = [capture for capture in self._captures.values() if capture.thread == threading.get_ident()]
+        if not own:
+            return None
+        for capture in own:
+            capture.spoilt = True
+        return CUresult.CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED
 
     # The driver's functions.
 
@@ -185,17 +260,23 @@ class FakeDriver:
     def cuDeviceGetName(self, size: int, device: int) -> bytes:  # noqa: N802
         return NAME.ljust(size, b"\0")
 
-    def cuDeviceGetAttribute(self, attribute: _Flag, device: int) -> int:  # noqa: N802
+    def cuDeviceGetAttribute(self, attribute: int, device: int) -> int:  # noqa: N802
         major, minor = self.compute_capability
-        return {8: major, 9: minor, 10: MULTIPROCESSORS}[attribute]
+        return {
+            CUdevice_attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR: major,
+            CUdevice_attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR: minor,
+            CUdevice_attribute.CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT: MULTIPROCESSORS,
+        }[CUdevice_attribute(attribute)]
 
     def cuMemGetInfo(self) -> tuple[int, int]:  # noqa: N802
         return 1 << 30, 2 << 30
 
-    def cuGetErrorString(self, code: CUresult) -> bytes:  # noqa: N802
-        return code.name.removeprefix("CUDA_ERROR_").replace("_", " ").lower().encode()
+    def cuGetErrorString(self, code: int) -> bytes:  # noqa: N802
+        return CUresult(code).name.removeprefix("CUDA_ERROR_").replace("_", " ").lower().encode()
 
     def _allocate(self, size: int, kind: str) -> int:
+        if size == 0:
+            return CUresult.CUDA_ERROR_INVALID_VALUE
         memory = np.full(size + 256, 0xFF, np.uint8)
         start = -memory.ctypes.data % 256
         view = memory[start : start + size]
@@ -219,6 +300,7 @@ class FakeDriver:
         del self._memory[pointer]
 
     def cuStreamCreate(self, flags: int) -> int:  # noqa: N802
+        CUstream_flags(flags)
         stream = self._make("stream")
         self._queues[stream] = []
         return stream
@@ -231,43 +313,54 @@ class FakeDriver:
         self._drop(stream, "stream")
         del self._queues[stream]
 
-    def cuStreamSynchronize(self, stream: int) -> None:  # noqa: N802
-        assert stream not in self._captures, "waiting is not allowed while capturing"
+    def cuStreamSynchronize(self, stream: int) -> CUresult | None:  # noqa: N802
+        capture = self._captures.get(stream)
+        if capture is not None:
+            capture.spoilt = True
+            return CUresult.CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED
         queue, self._queues[stream] = self._queues[stream], []
         for work in queue:
             work()
+        return None
 
     def cuMemcpyHtoDAsync(self, target: int, source: int, size: int, stream: int) -> None:  # noqa: N802
-        self._copy(target, source, size, stream)
+        self._copy((target, size, "device memory"), (source, size, "pinned memory"), stream)
 
     def cuMemcpyDtoHAsync(self, target: int, source: int, size: int, stream: int) -> None:  # noqa: N802
-        self._copy(target, source, size, stream)
+        self._copy((target, size, "pinned memory"), (source, size, "device memory"), stream)
 
-    def _copy(self, target: int, source: int, size: int, stream: int) -> None:
-        to, of = self._view(target, size), self._view(source, size)
-        self.enqueue(stream, lambda: np.copyto(to, of))
+    def _copy(self, target: tuple[int, int, str], source: tuple[int, int, str], stream: int) -> None:
+        self._view(*target), self._view(*source)
+        self.enqueue(stream, lambda: np.copyto(self._view(*target), self._view(*source)))
 
     def cuMemsetD8Async(self, target: int, value: int, size: int, stream: int) -> None:  # noqa: N802
-        view = self._view(target, size)
-        self.enqueue(stream, lambda: view.fill(value))
+        self._view(target, size)
+        self.enqueue(stream, lambda: self._view(target, size).fill(value))
 
     def cuEventCreate(self, flags: int) -> int:  # noqa: N802
+        CUevent_flags(flags)
         return self._make("event")
 
     def cuEventDestroy(self, event: int) -> None:  # noqa: N802
         self._drop(event, "event")
+        self._event_ticks.pop(event, None)
 
-    def cuStreamIsCapturing(self, stream: int) -> _Flag:  # noqa: N802
+    def cuStreamIsCapturing(self, stream: int) -> CUstreamCaptureStatus:  # noqa: N802
         state = "ACTIVE" if stream in self._captures else "NONE"
-        return _Flag[f"CU_STREAM_CAPTURE_STATUS_{state}"]
+        return CUstreamCaptureStatus[f"CU_STREAM_CAPTURE_STATUS_{state}"]
 
     def cuEventRecordWithFlags(self, event: int, stream: int, flags: int) -> None:  # noqa: N802
         # Within a capture only an external record becomes part of the graph.
-        assert (flags == _Flag.CU_EVENT_RECORD_EXTERNAL) == (stream in self._captures)
+        assert (flags == CUevent_record_flags.CU_EVENT_RECORD_EXTERNAL) == (stream in self._captures)
+        if stream not in self._captures:
+            self._event_ticks[event] = None
         self.enqueue(stream, lambda: self._event_ticks.__setitem__(event, next(self._ticks)))
 
-    def cuEventElapsedTime(self, start: int, end: int) -> float:  # noqa: N802
-        return 0.5 * (self._event_ticks[end] - self._event_ticks[start])
+    def cuEventElapsedTime(self, start: int, end: int) -> float | CUresult:  # noqa: N802
+        if not {start, end} <= self._event_ticks.keys():
+            return CUresult.CUDA_ERROR_INVALID_HANDLE
+        began, ended = self._event_ticks[start], self._event_ticks[end]
+        return CUresult.CUDA_ERROR_NOT_READY if began is None or ended is None else 0.5 * (ended - began)
 
     def cuModuleLoadData(self, image: bytes) -> int:  # noqa: N802
         self.images.append(image)
@@ -278,17 +371,25 @@ class FakeDriver:
 
     def cuModuleGetFunction(self, module: int, name: bytes) -> int:  # noqa: N802
         function = next(self._handles)
-        self._functions[function] = name.decode()
+        self._functions[function] = module, name.decode()
         return function
 
     def cuLaunchKernel(  # noqa: N802
         self, function: int, gx: int, gy: int, gz: int, bx: int, by: int, bz: int, shared: int, stream: int, *rest: int
-    ) -> None:
+    ) -> CUresult | None:
         arguments, extra = rest
         assert extra == 0
         address = ctypes.c_void_p.from_address(arguments).value
         assert address is not None
-        self.launch_kernel(self._functions[function], (gx, gy, gz), (bx, by, bz), shared, stream, address)
+        module, name = self._functions[function]
+        assert self.live.get(module) == "module", f"{name} of a module that was unloaded"
+        capture = self._captures.get(stream)
+        if capture is not None and function not in self._launched:
+            capture.spoilt = True
+            return CUresult.CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED
+        self._launched.add(function)
+        self.launch_kernel(name, (gx, gy, gz), (bx, by, bz), shared, stream, address)
+        return None
 
     def launch_kernel(
         self, name: str, grid: tuple[int, ...], block: tuple[int, ...], shared: int, stream: int, address: int
@@ -301,18 +402,25 @@ class FakeDriver:
         assert host is not None
 
         def run() -> None:
+            for pointer in _pointers(params) if self.is_alone else ():
+                self._view(pointer, 1)
             if self._runs_kernels:
                 host.launch(launch, params)
 
         self.enqueue(stream, run)
 
     def cuStreamBeginCapture(self, stream: int, mode: int) -> None:  # noqa: N802
+        CUstreamCaptureMode(mode)
         assert stream not in self._captures
-        self._captures[stream] = []
+        self._captures[stream] = _Capture(threading.get_ident())
 
-    def cuStreamEndCapture(self, stream: int) -> int:  # noqa: N802
+    def cuStreamEndCapture(self, stream: int) -> int | CUresult:  # noqa: N802
+        capture = self._captures.pop(stream)
+        assert capture.thread == threading.get_ident(), "ended by another thread than began it"
+        if capture.spoilt:
+            return CUresult.CUDA_ERROR_STREAM_CAPTURE_INVALIDATED
         graph = self._make("graph")
-        self._graphs[graph] = self._captures.pop(stream)
+        self._graphs[graph] = capture.work
         return graph
 
     def cuGraphInstantiate(self, graph: int, flags: int) -> int:  # noqa: N802
@@ -333,6 +441,35 @@ class FakeDriver:
         del self._graphs[executable]
 
 
+class _Capture:
+    def __init__(self, thread: int) -> None:
+        self.thread = thread
+        self.work: list[Work] = []
+        self.spoilt = False
+
+
+def _pointers(params: ctypes.Structure | ctypes.Array[Any]) -> Iterator[int]:
+    """All pointers of a kernel's argument, but those that are null."""
+    if isinstance(params, ctypes.Structure):
+        for name, kind in params._fields_:
+            value = getattr(params, name)
+            if kind is ctypes.c_void_p and value:
+                yield value
+            elif isinstance(value, (ctypes.Structure, ctypes.Array)):
+                yield from _pointers(value)
+    else:
+        for item in params:
+            if isinstance(item, ctypes.Structure):
+                yield from _pointers(item)
+            elif params._type_ is ctypes.c_void_p and item:
+                yield item
+
+
+_WITHOUT_CONTEXT = frozenset(
+    {"cuInit", "cuDeviceGetCount", "cuDeviceGet", "cuDevicePrimaryCtxRetain", "cuDevicePrimaryCtxRelease"}
+    | {"cuCtxPushCurrent", "cuCtxPopCurrent", "cuGetErrorString"}
+)
+
 _RESULTS = {
     **dict.fromkeys(("cuDeviceGetCount", "cuDeviceGet", "cuDevicePrimaryCtxRetain", "cuMemAlloc", "cuMemHostAlloc"), 1),
     **dict.fromkeys(("cuStreamCreate", "cuEventCreate", "cuModuleLoadData", "cuModuleGetFunction"), 1),
@@ -349,7 +486,7 @@ class FakePyCuda:
     class Error(Exception):
         pass
 
-    device_attribute = SimpleNamespace(MULTIPROCESSOR_COUNT=_Flag.CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)
+    device_attribute = SimpleNamespace(MULTIPROCESSOR_COUNT=CUdevice_attribute.CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)
 
     def __init__(self, fake: FakeDriver) -> None:
         self.fake = fake
@@ -384,7 +521,7 @@ class FakePyCuda:
             def retain_primary_context(self) -> Context:
                 return Context()
 
-            def get_attribute(self, attribute: _Flag) -> int:
+            def get_attribute(self, attribute: int) -> int:
                 return outer.call("cuDeviceGetAttribute", attribute, self.ordinal)
 
             def name(self) -> str:
@@ -398,10 +535,47 @@ class FakePyCuda:
                 assert flags == 1
                 self.handle = outer.call("cuStreamCreate", flags)
 
+            def __del__(self) -> None:
+                outer.call("cuStreamDestroy", self.handle)
+
             def synchronize(self) -> None:
                 outer.call("cuStreamSynchronize", self.handle)
 
-        self.Context, self.Device, self.Stream = Context, Device, Stream
+        class Event:
+            def __init__(self) -> None:
+                self.handle = outer.call("cuEventCreate", CUevent_flags.CU_EVENT_DEFAULT)
+
+            def __del__(self) -> None:
+                outer.call("cuEventDestroy", self.handle)
+
+            def record(self, stream: Stream) -> None:
+                flags = CUevent_record_flags.CU_EVENT_RECORD_DEFAULT
+                outer.call("cuEventRecordWithFlags", self.handle, stream.handle, flags)
+
+            def time_since(self, start: Event) -> float:
+                return outer.call("cuEventElapsedTime", start.handle, self.handle)
+
+        class Module:
+            def __init__(self, image: bytes) -> None:
+                self.handle = outer.call("cuModuleLoadData", image)
+
+            def __del__(self) -> None:
+                outer.call("cuModuleUnload", self.handle)
+
+            def get_function(self, name: str) -> Any:
+                outer.call("cuModuleGetFunction", self.handle, name.encode())
+
+                # Keeps its module, as PyCUDA's functions do.
+                def launch(
+                    params: np.ndarray, *, grid: Any, block: Any, shared: int, stream: Any, module: Module = self
+                ) -> None:
+                    assert params.dtype == np.uint8
+                    outer.fake.launch_kernel(name, grid, block, shared, stream.handle, params.ctypes.data)
+
+                return launch
+
+        self.Context, self.Device, self.Stream, self.Event = Context, Device, Stream, Event
+        self.module_from_buffer = Module
 
     def call(self, function: str, *arguments: Any) -> Any:
         code, *results = getattr(self.fake, function)(*arguments)
@@ -450,26 +624,3 @@ class FakePyCuda:
 
     def memset_d8_async(self, target: int, value: int, count: int, stream: Any) -> None:
         self.call("cuMemsetD8Async", target, value, count, stream.handle)
-
-    def module_from_buffer(self, image: bytes) -> Any:
-        module = self.call("cuModuleLoadData", image)
-
-        def get_function(name: str) -> Any:
-            def launch(params: np.ndarray, *, grid: Any, block: Any, shared: int, stream: Any) -> None:
-                assert params.dtype == np.uint8
-                self.fake.launch_kernel(name, grid, block, shared, stream.handle, params.ctypes.data)
-
-            self.call("cuModuleGetFunction", module, name.encode())
-            return launch
-
-        return SimpleNamespace(get_function=get_function)
-
-    def Event(self) -> Any:  # noqa: N802
-        event = self.call("cuEventCreate", 0)
-        return SimpleNamespace(
-            handle=event,
-            record=lambda stream: self.call(
-                "cuEventRecordWithFlags", event, stream.handle, _Flag.CU_EVENT_RECORD_DEFAULT
-            ),
-            time_since=lambda start: self.call("cuEventElapsedTime", start.handle, event),
-        )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import re
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,19 +16,21 @@ import numpy as np
 import pytest
 
 import recontrast_edge
-from recontrast_edge.cuda import CudaError, Device, Graph, compiler, cuda_bindings, open_device
+from recontrast_edge.cuda import CudaError, Device, Graph, compiler, open_device
 from recontrast_edge.errors import MissingError, ModelError
 from recontrast_edge.kernels import launcher
 from recontrast_edge.user_cache import cache_folder
-from tests.edge.fakes_cuda import CUresult, FakeDriver
+from tests.edge.fakes_cuda import ENUMS, CUresult, FakeDriver, install
+from tests.kernels.host import COMPILER
 
 PACKAGE = Path(recontrast_edge.__file__).parent
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
 def driver(monkeypatch: pytest.MonkeyPatch) -> FakeDriver:
     fake = FakeDriver()
-    monkeypatch.setattr(cuda_bindings, "_import_driver", lambda: fake)
+    install(fake, monkeypatch)
     return fake
 
 
@@ -114,6 +117,33 @@ def test_no_driver(driver: FakeDriver, monkeypatch: pytest.MonkeyPatch) -> None:
         open_device(binding="cuda-bindings")
 
 
+def test_a_driver_that_is_older_than_the_binding(
+    device: Device, driver: FakeDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def missing(_start: int, _end: int) -> None:
+        raise RuntimeError("function cuEventElapsedTime_v2 is not found")
+
+    monkeypatch.setattr(driver, "cuEventElapsedTime", missing)
+    with device.current(), pytest.raises(CudaError, match=r"cuEventElapsedTime_v2 is not found; the driver is older"):
+        device.event().ms_since(device.event())
+
+
+def test_the_real_binding_passes_everything_on() -> None:
+    """These tests and the engine's once more, with the real package between the project and the fake."""
+    pytest.importorskip("cuda.bindings.driver", reason="cuda-bindings is what is tested")
+    if COMPILER is None:
+        pytest.skip("g++ builds the library that the package finds")
+    engine = "profiling_splits or lends_its_context or allocated_and_one_wait or driver_refuses"
+    options = ["-q", "-p", "no:cacheprovider", "-p", "tests.edge.libcuda", "-k"]
+    files = ["tests/edge/test_cuda.py", "tests/edge/test_tensorrt_engine.py"]
+    chosen = f"test_cuda and not real_binding and not older and not no_driver and not compile or {engine}"
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", *options, chosen, *files], capture_output=True, text=True, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stdout
+    assert int(re.findall(r"(\d+) passed", done.stdout)[-1]) >= 15
+
+
 @pytest.mark.parametrize("name", ["cuda-bindings", "pycuda"])
 def test_a_binding_that_is_not_installed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in ("cuda", "cuda.bindings", "pycuda"):
@@ -149,10 +179,9 @@ def test_every_name_exists_in_the_real_binding() -> None:
     assert functions <= {name for name in dir(FakeDriver) if name.startswith("cu")}
     for kind, member in re.findall(r"_driver\.(CU\w+)\.(CU\w+)", source):
         assert hasattr(getattr(driver, kind), member), (kind, member)
-    for flag in ("CU_EVENT_RECORD_EXTERNAL", "CU_EVENT_RECORD_DEFAULT"):
-        assert hasattr(driver.CUevent_record_flags, flag)
-    for name in ("COMPUTE_CAPABILITY_MAJOR", "COMPUTE_CAPABILITY_MINOR", "MULTIPROCESSOR_COUNT"):
-        assert hasattr(driver.CUdevice_attribute, f"CU_DEVICE_ATTRIBUTE_{name}")
+    for enum in ENUMS:
+        for member in enum:
+            assert getattr(getattr(driver, enum.__name__), member.name) == member.value, member
     assert int(driver.CUstream(77)) == 77
 
 
@@ -170,9 +199,23 @@ def test_a_fatbin_that_does_not_fit_is_compiled_anew(
         assert driver.images == [b"packaged"]
         driver.failures["cuModuleLoadData"] = CUresult.CUDA_ERROR_NO_BINARY_FOR_GPU
         launcher.load_kernels(device)
+        # A driver that loads only what is asked for may tell no sooner.
+        driver.failures["cuModuleGetFunction"] = CUresult.CUDA_ERROR_NO_BINARY_FOR_GPU
+        launcher.load_kernels(device)
+        assert driver.images[1:] == [b"compiled for 8.7", b"packaged", b"compiled for 8.7"]
         (tmp_path / launcher.FATBIN).unlink()
         launcher.load_kernels(device)
-    assert driver.images[1:] == [b"compiled for 8.7"] * 2
+    assert driver.images[4:] == [b"compiled for 8.7"]
+
+
+def test_what_could_wait_or_allocate_breaks_a_capture(device: Device) -> None:
+    with device.current():
+        stream = device.stream()
+        with pytest.raises(CudaError, match="capture unsupported"), stream.capture():
+            device.allocate(8)
+        with pytest.raises(CudaError, match="capture unsupported"), stream.capture():
+            stream.synchronize()
+        stream.synchronize()
 
 
 class CountingCompiler:

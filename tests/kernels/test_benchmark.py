@@ -14,9 +14,8 @@ from typing import Any
 
 import pytest
 
-from recontrast_edge.cuda import cuda_bindings
 from recontrast_edge.kernels import launcher
-from tests.edge.fakes_cuda import CUresult, FakeDriver
+from tests.edge.fakes_cuda import CUresult, FakeDriver, install
 from tests.kernels.host import Host
 from tests.programs import load_program
 
@@ -26,8 +25,10 @@ torch = pytest.importorskip("torch")
 @pytest.fixture
 def driver(host: Host, monkeypatch: pytest.MonkeyPatch) -> FakeDriver:
     fake = FakeDriver(host)
+    # The features are PyTorch's.
+    fake.is_alone = False
     monkeypatch.setattr("recontrast_edge.cuda.find_spec", lambda _name: True)
-    monkeypatch.setattr(cuda_bindings, "_import_driver", lambda: fake)
+    install(fake, monkeypatch)
     monkeypatch.setattr(launcher, "compiled_kernels", lambda _capability: b"a cubin")
     for name in ("init", "synchronize", "empty_cache"):
         monkeypatch.setattr(torch.cuda, name, lambda: None)
