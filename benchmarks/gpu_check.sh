@@ -125,7 +125,8 @@ wheels() {
     [ -d "${WHEELS:-}" ] || return 77
     local kept=$scratch/wheels part whole
     mkdir -p "$kept"
-    cp -n "$WHEELS"/*.whl* "$kept"/ || return 1
+    # Not -n, which fails in some versions where a file of an earlier call is there already.
+    cp -u "$WHEELS"/*.whl* "$kept"/ || return 1
     for part in "$kept"/*.whl.00; do
         [ -e "$part" ] || continue
         whole=${part%.00}
@@ -171,9 +172,13 @@ tests() {
 
 sanitize() {
     command -v compute-sanitizer >/dev/null || return 77
+    local options=(--target-processes all --tool "$1" --error-exitcode 99)
+    # Every return code is checked anyway, and the binding asks for functions that a driver need not have.
+    [ "$1" != memcheck ] || options+=(--report-api-errors no)
     # Few blocks are enough: the sanitizer slows every access down.
-    tests compute-sanitizer --target-processes all --tool "$1" --error-exitcode 99 -- tests/gpu/test_kernels.py -k \
-        'geometry_of_a_real_model or same_bits or leaves_nothing_behind or less_aligned or word_loads or ties or smallest'
+    tests compute-sanitizer "${options[@]}" -- tests/gpu/test_kernels.py -k \
+        'geometry_of_a_real_model or same_bits or leaves_nothing_behind or less_aligned or word_loads or ties or smallest
+        or nv12'
 }
 
 has_rtx() {
