@@ -9,7 +9,8 @@ times: the first n are taken after the parts were shuffled, one image of each pa
 Dirty rows have all training images, of which a share is replaced by defective test images. As many as the dirtiest row
 needs are drawn, one part after the other with all of its images, and those parts are taken out of the test set of every
 row, so that all rows are tested on the same images and never on a part that was trained on. Dirty rows also say how
-``train --suspects`` ranks what was slipped in, as average precision: 1 where all of it comes first.
+``train --suspects`` ranks what was slipped in, before training and after it, as average precision: 1 where all of it
+comes first.
 
 The last iteration counts, nothing is chosen by the test images. A row that has finished is not run again, one that was
 stopped goes on. ``--out`` gets one JSON file a row and seed, ``fewshot.json``, ``fewshot.md`` and ``fewshot.png``.
@@ -35,16 +36,16 @@ from study import exit_code, percent_and_spread, publish
 from recontrast_edge.datasets import Dataset, Sample, find_dataset, parts_of
 from recontrast_edge.doctor import machine_facts
 from recontrast_edge.errors import InputError, UsageError
-from recontrast_edge.evaluation import evaluate
+from recontrast_edge.evaluation import Scorer, evaluate, score_samples
 from recontrast_edge.images import atomic_write
 from recontrast_edge.metrics import average_precision
-from recontrast_edge.spec import PartNames
+from recontrast_edge.spec import ModelSpec, PartNames
 from recontrast_train.backbones import backbone, load_weights
 from recontrast_train.data import GoodImages
 from recontrast_train.recipe import Recipe, load_recipe, parse_settings
 from recontrast_train.run import load_run
 from recontrast_train.score import TorchScorer
-from recontrast_train.suspects import rank_suspects
+from recontrast_train.suspects import rank_suspects, with_model
 from recontrast_train.training import TrainOptions, input_spec, train
 
 METRICS = ("i_auroc", "p_auroc", "aupro")
@@ -139,7 +140,11 @@ def run(row: Row, seed: int, dataset: Dataset, options: argparse.Namespace) -> d
     )
     model, _ = load_run(folder)
     device = torch.device("cuda" if options.device == "auto" and torch.cuda.is_available() else "cpu")
-    evaluation = evaluate(TorchScorer(model.to(device), spec), test, spec, progress=True)
+    scorer = TorchScorer(model.to(device), spec)
+    evaluation = evaluate(scorer, test, spec, progress=True)
+    before, after = (
+        suspects_precision(recipe, chosen, row.defects, names, scorer, spec) if row.defects else (None, None)
+    )
     record = {
         **identity,
         "row": dataclasses.asdict(row),
@@ -147,7 +152,8 @@ def run(row: Row, seed: int, dataset: Dataset, options: argparse.Namespace) -> d
         "n_test_good": sum(sample.is_good for sample in test),
         "n_test_defect": sum(not sample.is_good for sample in test),
         "metrics": {key: evaluation.overall.named()[key].value for key in METRICS},
-        "suspects_ap": suspects_precision(recipe, chosen, row.defects) if row.defects else None,
+        "suspects_ap": before,
+        "suspects_ap_with_model": after,
         "machine": machine_facts(),
     }
     with atomic_write(path) as file:
@@ -155,17 +161,27 @@ def run(row: Row, seed: int, dataset: Dataset, options: argparse.Namespace) -> d
     return record
 
 
-def suspects_precision(recipe: Recipe, chosen: Sequence[Sample], defects: int) -> float:
-    """Average precision of the ranking, where the last ``defects`` images were slipped in."""
+def suspects_precision(
+    recipe: Recipe, chosen: Sequence[Sample], defects: int, names: PartNames | None, scorer: Scorer, spec: ModelSpec
+) -> tuple[float, float]:
+    """Average precision of the ranking before and after training, where the last ``defects`` images were slipped in."""
     entry = backbone(recipe.backbone)
     encoder = entry.build()
     load_weights(encoder, recipe.backbone, "imagenet")
     images = GoodImages([sample.path for sample in chosen], input_spec(recipe))
-    ranked = rank_suspects(encoder.eval(), images, seed=recipe.seed)
-    return average_precision(
-        np.array([suspect.score for suspect in ranked]),
-        np.array([suspect.index >= len(chosen) - defects for suspect in ranked]),
+    parts = parts_of(chosen, names)
+    known = parts if len(set(parts)) < len(parts) else None
+    ranked = rank_suspects(encoder.eval(), images, parts=known, seed=recipe.seed)
+    scored = score_samples(scorer, [Sample(suspect.path) for suspect in ranked], spec, progress=True)
+    again = with_model(ranked, [float(each.score) for each in scored])
+    slipped_in = {sample.path for sample in chosen[len(chosen) - defects :]}
+    before, after = (
+        average_precision(
+            -np.arange(len(order), dtype=np.float64), np.array([suspect.path in slipped_in for suspect in order])
+        )
+        for order in (ranked, again)
     )
+    return before, after
 
 
 def max_defects(dataset: Dataset, options: argparse.Namespace) -> int:
@@ -175,12 +191,13 @@ def max_defects(dataset: Dataset, options: argparse.Namespace) -> int:
 def table(records: Sequence[dict[str, Any]]) -> str:
     """Means with standard deviations over the seeds, as Markdown."""
     lines = [
-        "| training images | defective among them | seeds | I-AUROC % | P-AUROC % | AUPRO % | suspects AP % |",
-        "| ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| training images | defective among them | seeds | I-AUROC % | P-AUROC % | AUPRO % "
+        "| suspects AP % | after training |",
+        "| ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for row, rows in grouped(records).items():
         values = [[record["metrics"][key] for record in rows] for key in METRICS]
-        values.append([record["suspects_ap"] for record in rows])
+        values += [[record[key] for record in rows] for key in ("suspects_ap", "suspects_ap_with_model")]
         cells = " | ".join(percent_and_spread(each) for each in values)
         dirty = f"{row.defects} ({100 * row.dirty:g} %)" if row.dirty else "0"
         lines.append(f"| {row.count} | {dirty} | {len(rows)} | {cells} |")

@@ -86,8 +86,9 @@ def train_command(
         None,
         "--suspects",
         metavar="FILE.csv",
-        help="Before training, rank the training images by how unlike the others they are, for a person to look at; "
-        "a sheet of the first ones goes beside it, FILE.png. Of several categories, each has files of its own.",
+        help="Rank the training images by how unlike the others they are, for a person to look at: before training, and "
+        "again after it with what the model says. A sheet of the first ones goes beside it, FILE.png. Of several "
+        "categories, each has files of its own.",
     ),
     max_minutes: float | None = typer.Option(
         None,

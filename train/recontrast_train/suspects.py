@@ -4,9 +4,13 @@
     write_suspects(Path("suspects.csv"), ranked, images)
 
 Each position of an image is compared with the other images, in the pretrained features of strides 8 and 16 as PatchCore
-(Roth et al., CVPR 2022) takes them: its distance is that to the image of third-nearest likeness, so that a defect that
-two other images share still stands out. An image's score is its largest distance. No trained model is asked: the list
-comes before the training, and a model learns to reconstruct the defects it is shown. ``docs/training.md`` has figures.
+(Roth et al., CVPR 2022) takes them. Where it is known which images show one part, its distance is that to the nearest
+image of another part; else that to the image of third-nearest likeness, so that a defect that two other images share
+still stands out. An image's score is its largest distance. No trained model is needed: the list comes before training.
+
+    ranked = with_model(ranked, scores)  # of the trained model, which has seen what is good about most images
+
+``docs/training.md`` has figures.
 """
 
 from __future__ import annotations
@@ -15,7 +19,7 @@ import csv
 import io
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +34,7 @@ from recontrast_edge.images import atomic_write
 from recontrast_train.data import GoodImages
 
 NEIGHBOUR = 3
-"""Which of the other images, by likeness, a position's distance is measured to."""
+"""Which of the other images, by likeness, a position's distance is measured to where parts are not known."""
 
 BANK = 20_000
 """Positions kept of all images together; of more, each image gives equally many, drawn at random."""
@@ -55,6 +59,7 @@ class Suspect:
         score: its largest distance; comparable within one ranking only.
         relative: the score as a multiple of the median score of all training images.
         heat: (h, w) float32 distances at stride 8.
+        by_model: the trained model's score of the image, as such a multiple; None before training.
     """
 
     index: int
@@ -62,23 +67,30 @@ class Suspect:
     score: float
     relative: float
     heat: NDArray[np.float32]
+    by_model: float | None = None
 
 
-def rank_suspects(encoder: nn.Module, images: GoodImages, *, seed: int = 0) -> list[Suspect]:
+def rank_suspects(
+    encoder: nn.Module, images: GoodImages, *, parts: Sequence[str] | None = None, seed: int = 0
+) -> list[Suspect]:
     """All training images, the most suspicious first.
 
     Args:
         encoder: pretrained, in eval mode; gives the features at strides 4, 8 and 16.
         images: at least 2.
+        parts: the part that each image, or tile, shows; at least 2. None where that is not known.
         seed: of the draws.
 
     Raises:
-        UsageError: fewer than 2 images.
+        UsageError: fewer than 2 images or parts.
         InputError: an image cannot be read.
     """
     count = len(images)
-    if count < 2:
-        raise UsageError(f"--suspects compares images with each other; expected at least 2, got {count}")
+    if count < 2 or (parts is not None and len(set(parts)) < 2):
+        what = "parts, for they are told by their names" if count >= 2 else "images"
+        raise UsageError(f"--suspects compares images with each other; expected at least 2 {what}, got 1")
+    own = torch.arange(count) if parts is None else torch.from_numpy(np.unique(parts, return_inverse=True)[1])
+    neighbour = 1 if parts is not None else min(NEIGHBOUR, count - 1)
     generator = torch.Generator().manual_seed(seed)
     share = max(1, BANK // count)
     bank = torch.stack([_draw(features, share, generator) for features, _ in _features(encoder, images, seed)])
@@ -86,8 +98,8 @@ def rank_suspects(encoder: nn.Module, images: GoodImages, *, seed: int = 0) -> l
     heats: list[NDArray[np.float32]] = []
     for index, (features, size_hw) in enumerate(_features(encoder, images, seed)):
         to_images = torch.cat([_to_images(some, bank, squares) for some in features.split(CHUNK)])
-        to_images[:, index] = torch.inf
-        nearest = to_images.topk(min(NEIGHBOUR, count - 1), dim=1, largest=False).values[:, -1].clamp_min(0).sqrt()
+        to_images[:, (own == own[index]).to(to_images.device)] = torch.inf
+        nearest = to_images.topk(neighbour, dim=1, largest=False).values[:, -1].clamp_min(0).sqrt()
         heat = functional.avg_pool2d(nearest.reshape(1, 1, *size_hw), 3, 1, 1, count_include_pad=False)
         heats.append(heat[0, 0].cpu().numpy())
     scores = np.array([heat.max() for heat in heats])
@@ -97,6 +109,29 @@ def rank_suspects(encoder: nn.Module, images: GoodImages, *, seed: int = 0) -> l
         path, score = images.path(index), float(scores[index])
         ranked.setdefault(path, Suspect(index, path, score, score / median, heats[index]))
     return list(ranked.values())
+
+
+def with_model(suspects: Sequence[Suspect], scores: Sequence[float]) -> list[Suspect]:
+    """Ranked anew by distances and the trained model's scores together: the sum of both, standardised.
+
+    A model is shown the defects as if they were good, but so few of them that it hardly learns them; and where it also
+    learnt from pseudo-defects it knows what tells a defect from a rare good place.
+
+    Args:
+        suspects: of ``rank_suspects``.
+        scores: of their images by the model, finite, in the same order.
+    """
+    by_model = np.array(scores, np.float64)
+    together = _standardised(np.array([suspect.score for suspect in suspects])) + _standardised(by_model)
+    median = max(float(np.median(by_model)), 1e-12)
+    return [
+        replace(suspects[index], by_model=float(by_model[index]) / median)
+        for index in np.argsort(-together, kind="stable")
+    ]
+
+
+def _standardised(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    return np.asarray((values - values.mean()) / max(float(values.std()), 1e-12), np.float64)
 
 
 def _to_images(features: Tensor, bank: Tensor, squares: Tensor) -> Tensor:
@@ -149,9 +184,10 @@ def write_suspects(path: Path, suspects: Sequence[Suspect], images: GoodImages) 
     """
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["rank", "image", "score", "times_median"])
+    writer.writerow(["rank", "image", "score", "times_median", "model_times_median"])
     for rank, suspect in enumerate(suspects, 1):
-        writer.writerow([rank, suspect.path, f"{suspect.score:.6g}", f"{suspect.relative:.3f}"])
+        by_model = "" if suspect.by_model is None else f"{suspect.by_model:.3f}"
+        writer.writerow([rank, suspect.path, f"{suspect.score:.6g}", f"{suspect.relative:.3f}", by_model])
     with atomic_write(path) as file:
         file.write(text.getvalue().encode(errors="surrogateescape"))
     with atomic_write(sheet_path(path)) as file:
@@ -181,7 +217,8 @@ def _sheet(shown: Sequence[Suspect], images: GoodImages) -> bytes:
         name = os.fsencode(suspect.path.name).decode(errors="replace")
         name = name if len(name) <= 26 else f"...{name[-23:]}"
         # A dollar sign in a file's name is no formula.
-        axes.set_title(f"{rank}: {suspect.relative:.2f} times\n{name}", fontsize=8, parse_math=False)
+        by_model = "" if suspect.by_model is None else f", model {suspect.by_model:.2f}"
+        axes.set_title(f"{rank}: {suspect.relative:.2f} times{by_model}\n{name}", fontsize=8, parse_math=False)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=100)
     return buffer.getvalue()

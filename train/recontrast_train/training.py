@@ -11,7 +11,7 @@ import os
 import platform
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -29,7 +29,7 @@ from recontrast_edge.artifact import METRICS_FILE, SPEC_FILE, WEIGHTS_FILE
 from recontrast_edge.cli.evaluate import show_evaluation
 from recontrast_edge.datasets import Dataset, Sample, alike, data_sha256, find_dataset, parts_of
 from recontrast_edge.errors import InputError, UsageError
-from recontrast_edge.evaluation import evaluate
+from recontrast_edge.evaluation import evaluate, score_samples
 from recontrast_edge.images import atomic_write
 from recontrast_edge.spec import ClassName, InputSpec, Level, ModelSpec, PartNames, Scoring, Training
 from recontrast_train.backbones import Weights, backbone, load_weights
@@ -41,7 +41,7 @@ from recontrast_train.recipe import Recipe, load_recipe
 from recontrast_train.report import write_losses, write_report
 from recontrast_train.run import HOLDOUT_FILE, load_run, save_run, weights_bytes
 from recontrast_train.score import TorchScorer, level_spreads, with_training_images
-from recontrast_train.suspects import rank_suspects, sheet_path, write_suspects
+from recontrast_train.suspects import Suspect, rank_suspects, sheet_path, with_model, write_suspects
 
 CHECKPOINT_FILE = "checkpoint.safetensors"
 
@@ -88,11 +88,14 @@ class TrainOptions:
 class _Training:
     """What is trained on: image files, the category of each, and the good images kept out.
 
-    ``alike`` are two of the names that may show one part, where nothing says which do.
+    Attributes:
+        parts: which part each image shows, where that is known.
+        alike: two of the names that may show one part, where nothing says which do.
     """
 
     paths: list[Path]
     categories: list[str]
+    parts: list[str] | None
     held_out: list[Sample]
     sha256: str
     alike: tuple[str, str] | None
@@ -140,10 +143,11 @@ def train(options: TrainOptions, dataset: Dataset | None = None, console: Consol
     training = _choose(dataset, options, recipe)
     job = _Job(options, dataset, recipe, device, training)
     finished = check_out(options)
+    suspects: list[Suspect] = []
     if options.suspects is not None:
         with all_or_none():
             if is_main():
-                _rank_suspects(job, options.suspects, console)
+                suspects = _rank_suspects(job, options.suspects, console)
     if finished:
         spec = _check_finished(job)
         console.print(f"{options.out}: training had finished")
@@ -151,6 +155,8 @@ def train(options: TrainOptions, dataset: Dataset | None = None, console: Consol
         spec = _fit(job, console)
     if is_main():
         _evaluate(job, spec)
+        if options.suspects is not None:
+            _rank_by_model(job, spec, suspects, options.suspects, console)
     console.print(f"Run folder: {options.out}")
     if training.held_out:
         count = len(training.held_out)
@@ -180,6 +186,7 @@ def _choose(dataset: Dataset, options: TrainOptions, recipe: Recipe) -> _Trainin
     dataset.training_samples()
     paths: list[Path] = []
     categories: list[str] = []
+    trained_parts: list[str] = []
     held_out: list[Sample] = []
     pair: tuple[str, str] | None = None
     for category in dataset.categories or (dataset,):
@@ -192,12 +199,15 @@ def _choose(dataset: Dataset, options: TrainOptions, recipe: Recipe) -> _Trainin
         chosen, held = split_holdout(good, options.holdout, seed=recipe.seed, parts=parts)
         paths += [sample.path for sample in chosen]
         categories += [category.name] * len(chosen)
+        part_by_path = {sample.path: part for sample, part in zip(good, parts, strict=True)}
+        trained_parts += [f"{category.name}/{part_by_path[sample.path]}" for sample in chosen]
         held_out += [*held, *category.validation_good]
     if len(paths) < 2:
         raise InputError(
             f"{options.data}: {len(paths)} good image to train on, expected at least 2 (dozens, better hundreds)"
         )
-    return _Training(paths, categories, held_out, data_sha256([Sample(path) for path in paths]), pair)
+    known_parts = trained_parts if len(set(trained_parts)) < len(trained_parts) else None
+    return _Training(paths, categories, known_parts, held_out, data_sha256([Sample(path) for path in paths]), pair)
 
 
 def input_spec(recipe: Recipe) -> InputSpec:
@@ -212,15 +222,31 @@ def input_spec(recipe: Recipe) -> InputSpec:
     )
 
 
-def _rank_suspects(job: _Job, path: Path, console: Console) -> None:
+def _rank_suspects(job: _Job, path: Path, console: Console) -> list[Suspect]:
+    """Before training, by the pretrained features."""
     if job.options.weights == "random":
         raise UsageError("--suspects compares pretrained features; expected other --weights than random")
     encoder = backbone(job.recipe.backbone).build()
     load_weights(encoder, job.recipe.backbone, job.options.weights)
     images = GoodImages(job.training.paths, input_spec(job.recipe))
-    suspects = rank_suspects(encoder.to(job.device).eval(), images, seed=job.recipe.seed)
+    parts = job.training.parts
+    if parts is not None:
+        parts = [part for part in parts for _ in range(images.spec.n_tiles)]
+    suspects = rank_suspects(encoder.to(job.device).eval(), images, parts=parts, seed=job.recipe.seed)
     write_suspects(path, suspects, images)
     console.print(f"Training images least like the others, to look at: {path} and {sheet_path(path)}", markup=False)
+    return suspects
+
+
+def _rank_by_model(job: _Job, spec: ModelSpec, suspects: Sequence[Suspect], path: Path, console: Console) -> None:
+    """After training, by what the model says of its own images as well."""
+    if job.options.deadline_s is not None and time.monotonic() > job.options.deadline_s:
+        raise OutOfTimeError("time is up before the training images are ranked by the model")
+    scorer = TorchScorer(load_run(job.options.out)[0].to(job.device), spec)
+    scored = score_samples(scorer, [Sample(suspect.path) for suspect in suspects], spec, progress=True)
+    ranked = with_model(suspects, [float(each.score) for each in scored])
+    write_suspects(path, ranked, GoodImages(job.training.paths, input_spec(job.recipe)))
+    console.print(f"Ranked again with what the model says of them: {path}", markup=False)
 
 
 def check_out(options: TrainOptions) -> bool:
