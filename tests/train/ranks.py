@@ -1,6 +1,6 @@
 """Trainings whose result must not depend on how many processes share them; run by ``test_distributed.py``.
 
-torchrun --standalone --nproc-per-node 2 tests/train/ranks.py GOOD OUT
+torchrun --standalone --nproc-per-node 2 tests/train/ranks.py GOOD CATEGORIES OUT
 """
 
 from __future__ import annotations
@@ -14,11 +14,13 @@ from safetensors.torch import save_file
 
 from recontrast_edge.errors import RecontrastError
 from recontrast_edge.spec import InputSpec
+from recontrast_train.campaign import CATEGORIES_FILE, train_all
 from recontrast_train.data import GoodImages
 from recontrast_train.distributed import process_group, rank
 from recontrast_train.fit import fit
 from recontrast_train.model import ReContrast
 from recontrast_train.recipe import Recipe
+from recontrast_train.training import TrainOptions
 
 SIZE = 64
 INPUT = InputSpec(size_wh=(SIZE, SIZE), resize_wh=(SIZE, SIZE), mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
@@ -54,7 +56,7 @@ def train(recipe: Recipe, paths: list[Path], checkpoint: Path) -> tuple[ReContra
     return model, fitted.losses
 
 
-def main(good: Path, out: Path) -> None:
+def main(good: Path, categories: Path, out: Path) -> None:
     torch.set_num_threads(1)
     paths = sorted(good.iterdir())
     with process_group(torch.device("cpu")):
@@ -72,7 +74,12 @@ def main(good: Path, out: Path) -> None:
                 train(failing, images, out / "checkpoint")
             except RecontrastError as error:
                 (out / f"{name}-{rank()}").write_text(f"{type(error).__name__}: {error}")
+    options = {"backbone": "efficientnet_lite0", "size_wh": [SIZE, SIZE], "iterations": 1, "batch": 2}
+    try:
+        train_all(TrainOptions(categories, out / "runs", overrides=options, weights="random", device="cpu"))
+    except RecontrastError:
+        (out / f"categories-{rank()}").write_text((out / "runs" / CATEGORIES_FILE).read_text())
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    main(*map(Path, sys.argv[1:]))

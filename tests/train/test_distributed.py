@@ -25,6 +25,7 @@ from recontrast_edge.errors import UsageError  # noqa: E402
 from recontrast_edge.spec import ModelSpec  # noqa: E402
 from recontrast_train.distributed import choose_device, mean_and_std  # noqa: E402
 from recontrast_train.model import ReContrast  # noqa: E402
+from tests import archives  # noqa: E402
 from tests.train import ranks  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
@@ -50,7 +51,9 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def together(good: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What two processes wrote."""
     out = tmp_path_factory.mktemp("together")
-    script = [str(ROOT / "tests" / "train" / "ranks.py"), str(good), str(out)]
+    categories = archives.mvtec(out / "mvtec")
+    (categories / "bottle" / "train" / "good" / "000.png").write_bytes(b"")
+    script = [str(ROOT / "tests" / "train" / "ranks.py"), str(good), str(categories), str(out)]
     done = subprocess.run([*TORCHRUN, *script], env=ENVIRONMENT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     return out
@@ -81,6 +84,16 @@ def test_a_failure_of_one_process_ends_all(together: Path) -> None:
         assert "a batch of 3 images cannot be shared evenly by 2" in (together / f"indivisible-{number}").read_text()
     messages = sorted((together / f"damaged-{number}").read_text().split(":")[0] for number in range(2))
     assert messages == ["InputError", "ModelError"]
+
+
+def test_no_process_ends_before_the_table_is_written(together: Path) -> None:
+    """With a category that failed, it would end with an error, and torchrun the evaluation with it."""
+    tables = [json.loads((together / f"categories-{number}").read_text()) for number in range(2)]
+    assert tables[0] == tables[1]
+    assert [(row["name"], row["error"] is None) for row in tables[0]["categories"]] == [
+        ("bottle", False),
+        ("screw", True),
+    ]
 
 
 def test_a_stopped_training_goes_on_in_one_process(good: Path, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from recontrast_edge.categories import CategoryRow, CategoryTable, show_categori
 from recontrast_edge.datasets import Dataset, find_dataset
 from recontrast_edge.errors import InputError, ModelError, UsageError
 from recontrast_edge.images import atomic_write
-from recontrast_train.distributed import choose_device, is_main, process_group
+from recontrast_train.distributed import all_or_none, choose_device, is_main, process_group
 from recontrast_train.recipe import RecipeFile, load_recipe
 from recontrast_train.training import TrainOptions, check_out, read_metrics, train
 
@@ -57,8 +57,10 @@ def _train_all(options: TrainOptions, console: Console) -> None:
                 f"{', '.join(sorted(strangers))}"
             )
         failures = _train_each(options, dataset, console)
-    if is_main():
-        _tabulate(options, dataset, recipe_file, failures)
+    # The others wait: where one ends with an error, ``torchrun`` ends process 0 while that evaluates.
+    with all_or_none():
+        if is_main():
+            _tabulate(options, dataset, recipe_file, failures)
     if failures:
         name, first = next(iter(failures.items()))
         raise type(first)(
