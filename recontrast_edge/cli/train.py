@@ -18,7 +18,12 @@ def train_command(
         None, help="Data set, folder of good images, or text file that lists them; a data set may have categories."
     ),
     data_option: Path | None = typer.Option(None, "--data", metavar="DATA", help="The same, as an option."),
-    out: Path = typer.Option(..., "--out", help="Run folder to write; of several categories, each has a folder in it."),
+    out: Path | None = typer.Option(
+        None,
+        "--out",
+        metavar="RUN",
+        help="Run folder to write; of several categories, each has a folder in it; default: runs/NAME, after DATA.",
+    ),
     recipe: str = typer.Option(
         "default",
         "--recipe",
@@ -86,8 +91,8 @@ def train_command(
         None,
         "--suspects",
         metavar="FILE.csv",
-        help="Rank the training images by how unlike the others they are, for a person to look at: before training, and "
-        "again after it with what the model says. A sheet of the first ones goes beside it, FILE.png. Of several "
+        help="Rank the training images by how unlike the others they are, for a person to look at: before training, "
+        "and again after it with what the model says. A sheet of the first ones goes beside it, FILE.png. Of several "
         "categories, each has files of its own.",
     ),
     max_minutes: float | None = typer.Option(
@@ -120,7 +125,7 @@ def train_command(
             "--suspects": suspects,
             "--max-minutes": max_minutes,
         }
-        if not resume or data is None or data_option is None or qat.upper() != "INT8":
+        if not resume or data is None or data_option is None or out is None or qat.upper() != "INT8":
             raise UsageError("--qat: expected --resume RUN --qat INT8 --data DATA --out OUT, RUN a finished training")
         if refused := [option for option, value in foreign.items() if value]:
             raise UsageError(f"--qat goes on with the run's own options; leave out {', '.join(refused)}")
@@ -128,6 +133,8 @@ def train_command(
         return
     if len(given) != 1:
         raise UsageError("train: expected the data set once, as argument or as --data")
+    if out is None:
+        out = Path("runs", given[0].resolve().name)
     if suspects is not None and suspects.suffix != ".csv":
         raise UsageError(f"--suspects {suspects}: expected a file that ends in .csv")
     if holdout_gap is not None and holdout_group is None:

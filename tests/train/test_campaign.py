@@ -176,7 +176,10 @@ def test_the_command(
         assert "expected the data set once, as argument or as --data" in error
     model = ["--backbone", "resnet18", "--weights", "random", "--size", "64x64", "--iterations", "1", "--batch", "2"]
     (mvtec / "bottle" / "train" / "good" / "000.png").write_bytes(b"")
-    code, printed, error = run("--recipe", "mvtec", "--data", mvtec, "--out", out, *model)
+    # Where no folder is named, the data's name is the run's.
+    monkeypatch.chdir(tmp_path)
+    out = tmp_path / "runs" / "mvtec"
+    code, printed, error = run("--recipe", "mvtec", "--data", mvtec, *model)
     assert code == 3, error
     assert "1 of 2 categories failed, first bottle" in error
     table = printed[printed.index("mvtec, metrics in percent") :]
