@@ -33,7 +33,7 @@ echo "$*" >>"$ASKED"
 case "$*" in
     *"$FAILS"*) exit 3 ;;
     *"$HANGS"*) sleep 300 ;;
-    *"-m pytest"*) echo "7 passed in 1.0s" ;;
+    *"-m pytest"*) printf '%s\\0' "$@" "" >>"$ASKED.pytest" && echo "7 passed in 1.0s" ;;
     *" train "*) all=$* && out=${{all#*--out }} && out=${{out%% *}} && mkdir -p "$out" && touch "$out/model.json"
         echo "Trained for 9.0 s, 99.9 images/s" ;;
     *" synth "*) mkdir -p "$SCRATCH/line.part" ;;
@@ -133,6 +133,19 @@ def test_all_of_it(check: Any, tmp_path: Path) -> None:
     asked = (tmp_path / "asked").read_text()
     assert asked.count(" train ") == 2 + 4, "engines train what is not there, training measures all"
     assert "--calibration" in asked
+
+
+def test_pytest_understands_what_it_is_asked_for(check: Any, tmp_path: Path) -> None:
+    check("kernels")
+    calls = {call for call in (tmp_path / "asked.pytest").read_text().split("\0\0") if "\0-k\0" in call}
+    assert len(calls) == 1, "memcheck and racecheck choose the same tests"
+    arguments = calls.pop().split("\0")
+    command = [sys.executable, *arguments[arguments.index("-m") :], "--collect-only"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=SCRIPT.parent.parent)
+    assert done.returncode == 0, done.stdout
+    # A word of the expression that chooses nothing is a test that was renamed.
+    for word in arguments[arguments.index("-k") + 1].split(" or "):
+        assert word in done.stdout, word
 
 
 def test_what_fails_or_hangs_stops_nothing_else(check: Any, tmp_path: Path) -> None:
