@@ -93,11 +93,9 @@ class TensorRtEngine:
                 f"{self._info.precision}, on {self._device.name} ({self._device.binding})"
             )
             _check_gpu(path, self._info, self._device)
-            with self._device.current():
+            with self._device.current(), _nothing_held_by_errors():
                 self._open(library, plan, stream, profile=profile)
-        except BaseException as error:
-            # Else the failed calls' variables would keep TensorRT's objects alive, longer than their CUDA context.
-            clear_frames(error.__traceback__)
+        except BaseException:
             self.close()
             raise
 
@@ -177,7 +175,7 @@ class TensorRtEngine:
         with self._lock:
             if not self._is_open:
                 raise ModelError(f"{self.path}: the engine is closed")
-            with self._device.current(), self._abandoned_on_error():
+            with self._device.current(), self._abandoned_on_error(), _nothing_held_by_errors():
                 if self.spec.input.is_tiled:
                     return infer_tiles(self._infer, images, self.spec)
                 return self._infer(images, maps_above)
@@ -249,6 +247,16 @@ class TensorRtEngine:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+
+
+@contextmanager
+def _nothing_held_by_errors() -> Iterator[None]:
+    """Else the failed calls' variables keep TensorRT's objects alive, longer than their CUDA context is current."""
+    try:
+        yield
+    except BaseException as error:
+        clear_frames(error.__traceback__)
+        raise
 
 
 def _library(path: Path, info: PlanInfo) -> Any:

@@ -188,8 +188,10 @@ class FakeDriver:
 
     def end(self) -> None:
         """What a process leaves behind goes with it."""
+        self.current.append(0)
         for left in (self.live, self._graphs, self._queues):
             left.clear()
+        self.current.pop()
 
     @contextmanager
     def without_kernels(self) -> Iterator[None]:

@@ -4,7 +4,8 @@
 
 It queues its work on the streams of a ``FakeDriver``, within captures too, and insists on what TensorRT demands:
 shapes, addresses and scratch memory set before the first enqueue, and a context left as it was while a graph that was
-captured from it is launched; scratch memory used by one stream alone; contexts gone before their engine.
+captured from it is launched; scratch memory used by one stream alone; contexts gone before their engine; a current CUDA
+context for whatever is made, run or destroyed.
 """
 
 from __future__ import annotations
@@ -131,6 +132,7 @@ class FakeTensorRt(ModuleType):
         def deserialize(plan: bytes) -> Any:
             self.calls.append("deserialize_cuda_engine")
             assert plan == PLAN
+            assert self.driver.current, "needs a current context"
             if "deserialize_cuda_engine" in self.fail:
                 logger.log(self.ILogger.ERROR, "the version tag does not match")
                 return None
@@ -150,7 +152,8 @@ class FakeEngine:
 
     def __del__(self) -> None:
         # In the driver's own list, to be compared with what the driver was asked to do.
-        self.library.driver.calls.append("engine destroyed" if self.library.contexts_alive == 0 else "engine torn away")
+        in_order = self.library.contexts_alive == 0 and self.library.driver.current
+        self.library.driver.calls.append("engine destroyed" if in_order else "engine torn away")
 
     def get_tensor_name(self, index: int) -> str:
         return self.names[index]
@@ -180,6 +183,7 @@ class FakeEngine:
 
     def new_context(self) -> FakeContext | None:
         self.library.calls.append("create_execution_context")
+        assert self.library.driver.current, "needs a current context"
         if "create_execution_context" in self.library.fail:
             return None
         return FakeContext(self)
@@ -196,7 +200,9 @@ class FakeContext:
         self.enqueued_shapes: set[int] = set()
 
     def __del__(self) -> None:
-        self.library.contexts_alive -= 1
+        # Else it stays, as far as anybody can tell.
+        if self.library.driver.current:
+            self.library.contexts_alive -= 1
 
     def state(self) -> tuple[Any, ...]:
         """What a captured graph keeps."""
@@ -226,6 +232,7 @@ class FakeContext:
     def execute_async_v3(self, stream: int) -> bool:
         library = self.library
         library.calls.append("execute_async_v3")
+        assert library.driver.current, "needs a current context"
         assert self.batch is not None
         assert set(self.addresses) == set(self.engine.names)
         capturing = library.driver.is_capturing(stream)

@@ -523,6 +523,21 @@ def test_a_failed_inference_is_an_error_and_the_next_one_begins_anew(
     assert library.driver.counts()["cuMemsetD8Async"] == 1
 
 
+def test_an_error_that_is_kept_keeps_no_execution_context(
+    library: FakeTensorRt, open_plan: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tensorrt, "WARMED_BATCHES", 1)
+    library.batch = (1, 3)
+    engine = open_plan()
+    before = library.contexts_alive
+    library.fail.add("set_tensor_address")
+    with pytest.raises(ModelError, match="refused the buffer") as caught:
+        engine.infer([image(0), image(1)])
+    assert library.contexts_alive == before, caught
+    library.fail.clear()
+    assert np.isfinite(engine.infer([image(0), image(1)]).scores).all()
+
+
 @pytest.mark.parametrize("function", ["cuMemAlloc", "cuMemHostAlloc"])
 def test_a_frame_too_large_for_the_memory_costs_only_itself(
     library: FakeTensorRt, open_plan: Open, function: str
