@@ -114,6 +114,8 @@ def _show(report: dict[str, Any]) -> None:
         for stage, values in rows.items():
             table.add_row(stage, *("-" if value is None else f"{value:.3f}" for value in values.values()))
         console.print(table)
+        if "gpu_stages_error" in entry:
+            console.print(f"GPU stages not measured: {entry['gpu_stages_error']}", soft_wrap=True, markup=False)
         if "deadline" in entry:
             deadline = entry["deadline"]
             console.print(f"later than {deadline['ms']:.4g} ms: {deadline['missed']} of {deadline['of']}")

@@ -455,6 +455,20 @@ def test_bench_measures_a_plan_with_its_stages_on_the_gpu(
     assert library.driver.live == {}
 
 
+def test_bench_keeps_what_it_measured_where_profiling_fails(
+    library: FakeTensorRt, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("recontrast_edge.cuda.find_spec", lambda _name: True)
+    monkeypatch.setattr(library.driver, "cuEventElapsedTime", lambda *_: CUresult.CUDA_ERROR_INVALID_HANDLE)
+    settings = bench_module.Settings(frames=2, warmup=1, batches=())
+    path = write_plan(tmp_path, model())
+    report, _ = bench_module.bench([str(path)], "synthetic://brushed-metal?fps=0&size=32x32", settings)
+    (entry,) = report["engines"]
+    assert "cuEventElapsedTime: invalid handle" in entry["gpu_stages_error"]
+    assert "total" in entry["latency_ms"]
+    assert library.driver.live == {}
+
+
 # Failures.
 
 
