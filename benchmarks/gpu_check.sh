@@ -39,6 +39,7 @@ export XDG_CACHE_HOME="$scratch/cache" PATH="$PATH:/usr/local/cuda/bin"
 export python out scratch site found
 steps=$scratch/steps.tsv
 : >"$steps"
+rm -f "$scratch/refused"
 : >"$out/log.txt"
 
 # step NAME SECONDS COMMAND...: 77 means that something it needs is not there.
@@ -182,10 +183,20 @@ sanitize() {
 }
 
 has_rtx() {
+    [ ! -e "$scratch/refused" ] || { echo "its first engine did not run on this GPU" && return 1; }
     nvidia-smi >/dev/null && "$python" -c 'import tensorrt_rtx; print(tensorrt_rtx.__version__)'
 }
 
 edge() { "$python" -m recontrast_edge "$@"; }
+
+# ran PLAN: keeps its description, which says whether it was run. If not, no other engine needs to be tried.
+ran() {
+    cp "$1.json" "$found/"
+    grep -q '"engine": null' "$1.json" || return 0
+    touch "$scratch/refused"
+    grep '"note"' "$1.json"
+    return 1
+}
 
 # bench PLAN: latency and throughput, after a comparison with the model beside it.
 bench() {
@@ -209,8 +220,7 @@ demo() {
     [ "$1" != int8 ] || int8=(--calibration "$scratch/line/train/good")
     edge build "$scratch/demo/demo.onnx" --out "$plan" --flavor tensorrt-rtx --precision "$1" --batch 1,1,16 \
         --images "$scratch/line/test/good" "${int8[@]}" || return 1
-    cp "$plan.json" "$found/"
-    bench "$plan"
+    ran "$plan" && bench "$plan"
 }
 
 has_gpu() {
@@ -243,8 +253,7 @@ engine() {
     [ "$2" != int8 ] || int8=(--calibration "$scratch/line/train/good")
     edge build "$model" --out "$plan" --flavor tensorrt-rtx --precision "$2" --batch 1,1,16 \
         --images "$scratch/line/test/good" "${int8[@]}" || return 1
-    cp "$plan.json" "$found/"
-    bench "$plan"
+    ran "$plan" && bench "$plan"
 }
 
 # The engine's tests with the plans that were built so far.
@@ -258,7 +267,7 @@ engine_tests() {
     RECONTRAST_PLAN=$plans tests -- tests/gpu/test_engine.py
 }
 
-export -f machine wheels build tests sanitize has_rtx edge bench line demo has_gpu train engine engine_tests
+export -f machine wheels build tests sanitize has_rtx edge ran bench line demo has_gpu train engine engine_tests
 
 step wheels 90 bash -c wheels
 step machine 60 bash -c machine

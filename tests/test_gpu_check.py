@@ -37,7 +37,7 @@ case "$*" in
     *" train "*) all=$* && out=${{all#*--out }} && out=${{out%% *}} && mkdir -p "$out" && touch "$out/model.json"
         echo "Trained for 9.0 s, 99.9 images/s" ;;
     *" synth "*) mkdir -p "$SCRATCH/line.part" ;;
-    *" build "*) all=$* && out=${{all#*--out }} && out=${{out%% *}} && touch "$out" "$out.json" ;;
+    *" build "*) all=$* && out=${{all#*--out }} && out=${{out%% *}} && touch "$out" && echo "$BUILT" >"$out.json" ;;
 esac
 """
 NVIDIA_SMI = """#!/usr/bin/env bash
@@ -93,6 +93,7 @@ def check(tmp_path: Path) -> Any:
             "ASKED": str(tmp_path / "asked"),
             "FAILS": fails,
             "HANGS": hangs,
+            "BUILT": '{"parity": {"engine": {}, "engine_proof": null}}',
             "COMMIT": "0123abc",
             "TMPDIR": str(tmp_path),
         }
@@ -156,6 +157,19 @@ def test_what_fails_or_hangs_stops_nothing_else(check: Any, tmp_path: Path) -> N
     assert statuses["kernel-large"] == "timeout"
     assert statuses["kernel-resnet18"] == "not reached"
     assert "-- memcheck: failed" in (tmp_path / "out" / "log.txt").read_text()
+
+
+def test_a_library_that_refuses_the_gpu_costs_no_more_time(check: Any, tmp_path: Path) -> None:
+    for _ in range(2):
+        (tmp_path / "asked").write_text("")
+        _, statuses, _ = check("engines", BUILT='{"parity": {"engine": null, "note": "not run: no Hopper"}}')
+        assert statuses["demo-fp16"] == "failed", "it is tried again each time"
+        assert {status for name, status in statuses.items() if name.startswith(("small", "resnet", "wide"))} == {
+            "skipped"
+        }
+        asked = (tmp_path / "asked").read_text()
+        assert not {"train", "bench"} & set(asked.split())
+    assert "no Hopper" in (tmp_path / "out" / "log.txt").read_text()
 
 
 def test_without_a_gpu_all_is_skipped(check: Any) -> None:
