@@ -8,12 +8,14 @@ and 16 bits by rule.
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import secrets
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import IO, Any
 
@@ -22,6 +24,8 @@ from numpy.typing import NDArray
 
 from recontrast_edge.errors import InputError, OutputError, UsageError
 from recontrast_edge.preprocess import Image
+
+_log = logging.getLogger(__name__)
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".pgm", ".ppm"})
 
@@ -102,16 +106,33 @@ def read_image(path: Path) -> Image:
     if mode in ("1", "L", "LA", "La"):
         return np.ascontiguousarray(picture.convert("L"), dtype=np.uint8)
     if mode.startswith("I;16"):
-        return np.ascontiguousarray(np.asarray(picture).astype(np.uint16) >> 8, dtype=np.uint8)
+        return _high_byte(np.asarray(picture).astype(np.uint16), path)
     if mode == "I":
         values = np.asarray(picture)
         if values.min() < 0 or values.max() > 65535:
             raise InputError(f"{path}: 32-bit values outside 0..65535; convert it to 8 or 16 bits")
-        return np.ascontiguousarray(values >> 8, dtype=np.uint8)
+        return _high_byte(values, path)
     if mode == "F":
         raise InputError(f"{path}: floating-point image; convert it to 8 or 16 bits")
     rgb = np.asarray(picture.convert("RGB"), dtype=np.uint8)
     return np.ascontiguousarray(rgb[:, :, ::-1])
+
+
+def _high_byte(values: NDArray[Any], path: Path) -> Image:
+    largest = int(values.max())
+    if 255 < largest < 4096:
+        _warn_of_low_values(path.parent)
+    return np.ascontiguousarray(values >> 8, dtype=np.uint8)
+
+
+@lru_cache(maxsize=1024)
+def _warn_of_low_values(folder: Path) -> None:
+    """Once for each folder: cameras of 10 or 12 bits often write them as they are."""
+    _log.warning(
+        "%s: a 16-bit image with no value above 4095 becomes nearly black, as its high byte is kept; if the camera has "
+        "10 or 12 bits, let it put them into the high ones, or multiply the values by 64 or 16",
+        folder,
+    )
 
 
 def read_mask(path: Path) -> NDArray[np.bool_]:

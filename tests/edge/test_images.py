@@ -47,6 +47,17 @@ class TestRead:
         grey = Pil.fromarray(np.dstack([COLOUR[:, :, 0], with_alpha[:, :, 3]]), mode="LA")
         np.testing.assert_array_equal(read_image(save(tmp_path / "g.png", grey)), COLOUR[:, :, 0])
 
+    @pytest.mark.parametrize(("largest", "warned"), [(255, False), (1023, True), (4095, True), (4096, False)])
+    def test_bits_that_lie_low_are_told_once_a_folder(
+        self, tmp_path: Path, caplog: pytest.LogCaptureFixture, largest: int, warned: bool
+    ) -> None:
+        values = np.linspace(0, largest, 600).astype(np.uint16).reshape(20, 30)
+        for name in ("a.png", "b.png"):
+            Pil.fromarray(values).save(tmp_path / name)
+            assert np.array_equal(read_image(tmp_path / name), values >> 8)
+        told = [record.message.startswith(f"{tmp_path}: a 16-bit image") for record in caplog.records]
+        assert told == [True] * warned
+
     @pytest.mark.parametrize("suffix", [".png", ".tif", ".pgm"])
     def test_16_bits_keep_their_high_byte(self, tmp_path: Path, suffix: str) -> None:
         values = RNG.integers(0, 65536, (20, 30)).astype(np.uint16)

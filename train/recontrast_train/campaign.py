@@ -16,8 +16,9 @@ from recontrast_edge.categories import CategoryRow, CategoryTable, show_categori
 from recontrast_edge.datasets import Dataset, find_dataset
 from recontrast_edge.errors import InputError, ModelError, UsageError
 from recontrast_edge.images import atomic_write
+from recontrast_edge.report import METRIC_NAMES
 from recontrast_train.distributed import all_or_none, choose_device, is_main, process_group
-from recontrast_train.recipe import RecipeFile, load_recipe
+from recontrast_train.recipe import Published, RecipeFile, load_recipe
 from recontrast_train.training import TrainOptions, check_out, read_metrics, train
 
 CATEGORIES_FILE = "categories.json"
@@ -44,6 +45,8 @@ def _train_all(options: TrainOptions, console: Console) -> None:
     recipe_file = load_recipe(options.recipe, options.overrides)
     if not dataset.categories:
         train(options, dataset, console)
+        if dataset.test and recipe_file.published is not None:
+            console.print(_published(recipe_file.published))
         return
     failures: dict[str, InputError | ModelError] = {}
     if recipe_file.common.unified:
@@ -64,9 +67,17 @@ def _train_all(options: TrainOptions, console: Console) -> None:
     if failures:
         name, first = next(iter(failures.items()))
         raise type(first)(
-            f"{len(failures)} of {len(dataset.categories)} categories failed, first {name}: {first}; the others are "
-            "trained, --resume tries these again"
+            f"{len(failures)} of {len(dataset.categories)} categories failed, first {name}: {first}; "
+            f"{'the others are trained, ' * (len(failures) < len(dataset.categories))}--resume tries these again"
         )
+
+
+def _published(published: Published) -> str:
+    metrics = published.metrics()
+    figures = ", ".join(
+        f"{label} {100 * metrics[name]:.2f} %" for name, label in METRIC_NAMES.items() if name in metrics
+    )
+    return f"Published: {figures} ({published.source})"
 
 
 def _train_each(options: TrainOptions, dataset: Dataset, console: Console) -> dict[str, InputError | ModelError]:
