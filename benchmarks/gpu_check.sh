@@ -274,7 +274,7 @@ step machine 60 bash -c machine
 step build 60 bash -c build
 if [[ $groups == *" kernels "* ]]; then
     kernel() { step "$1" "$2" "$python" benchmarks/kernel.py --dtypes float16 --json "$out/$1.json" "${@:3}"; }
-    step kernel-tests 90 bash -c 'tests -- tests/gpu/test_kernels.py'
+    step kernel-tests 90 bash -c 'tests -- tests/gpu/test_kernels.py tests/gpu/test_way.py'
     step memcheck 75 bash -c 'sanitize memcheck'
     kernel kernel-wide 150 --models wide_resnet50_2 --batches 1,8
     step racecheck 75 bash -c 'sanitize racecheck'

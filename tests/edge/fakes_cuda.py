@@ -331,6 +331,9 @@ class FakeDriver:
     def cuMemcpyDtoHAsync(self, target: int, source: int, size: int, stream: int) -> None:  # noqa: N802
         self._copy((target, size, "pinned memory"), (source, size, "device memory"), stream)
 
+    def cuMemcpyDtoDAsync(self, target: int, source: int, size: int, stream: int) -> None:  # noqa: N802
+        self._copy((target, size, "device memory"), (source, size, "device memory"), stream)
+
     def _copy(self, target: tuple[int, int, str], source: tuple[int, int, str], stream: int) -> None:
         self._view(*target), self._view(*source)
         self.enqueue(stream, lambda: np.copyto(self._view(*target), self._view(*source)))

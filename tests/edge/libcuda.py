@@ -58,6 +58,7 @@ SIGNATURES: dict[str, tuple[tuple[Any, ...], tuple[Any, ...]]] = {
     "cuMemFreeHost": ((), (_HANDLE,)),
     "cuMemcpyHtoDAsync": ((), (_POINTER, _HANDLE, _SIZE, _HANDLE)),
     "cuMemcpyDtoHAsync": ((), (_HANDLE, _POINTER, _SIZE, _HANDLE)),
+    "cuMemcpyDtoDAsync": ((), (_POINTER, _POINTER, _SIZE, _HANDLE)),
     "cuMemsetD8Async": ((), (_POINTER, _BYTE, _SIZE, _HANDLE)),
     "cuStreamCreate": ((_HANDLE,), (_UINT,)),
     "cuStreamDestroy": ((), (_HANDLE,)),

@@ -133,9 +133,9 @@ def test_the_real_binding_passes_everything_on() -> None:
     pytest.importorskip("cuda.bindings.driver", reason="cuda-bindings is what is tested")
     if COMPILER is None:
         pytest.skip("g++ builds the library that the package finds")
-    engine = "profiling_splits or lends_its_context or allocated_and_one_wait or driver_refuses"
+    engine = "profiling_splits or applications_context or spoilt or allocated_and_one_wait or driver_refuses"
     options = ["-q", "-p", "no:cacheprovider", "-p", "tests.edge.libcuda", "-k"]
-    files = ["tests/edge/test_cuda.py", "tests/edge/test_tensorrt_engine.py"]
+    files = ["tests/edge/test_cuda.py", "tests/edge/test_tensorrt_engine.py", "tests/edge/test_way.py"]
     chosen = f"test_cuda and not real_binding and not older and not no_driver and not compile or {engine}"
     done = subprocess.run(
         [sys.executable, "-m", "pytest", *options, chosen, *files], capture_output=True, text=True, cwd=ROOT
