@@ -219,13 +219,34 @@ def to_precision(
     source = with_float32_weights(model)
     if precision == "fp32":
         return Converted(source, Conversion())
-    largest = largest_magnitudes(source, network_values(source), images[:MAX_RANGE_IMAGES])
+    some = images[:MAX_RANGE_IMAGES]
     if calibration is None:
-        return in_float16(source, largest, n_images=len(images[:MAX_RANGE_IMAGES]))
+        return in_float16(source, largest_magnitudes(source, network_values(source), some), n_images=len(some))
     network = Int8Network(with_pointwise_upsampling(source))
     blocks = network.default_blocks
+    network, activations = calibrated(network, blocks, calibration, progress)
+    largest = largest_magnitudes(network.model, network_values(network.model), some)
+    return in_int8(network, blocks, activations, DEFAULT_METHOD, largest, n_images=len(some))
+
+
+def calibrated(
+    network: Int8Network, blocks: Collection[str], calibration: CalibrationImages, progress: Progress | None
+) -> tuple[Int8Network, dict[str, Activation]]:
+    """The network with channels of like size, and what the values do that these blocks would quantise.
+
+    Args:
+        network: the FP32 graph.
+        blocks: some of ``network.blocks``.
+        calibration: good images.
+        progress: told how it proceeds.
+
+    Raises:
+        ModelError: ONNX Runtime cannot run the graph, or a value is not finite.
+        InputError: a damaged image.
+    """
     activations = measure_activations(network.model, network.values(blocks), calibration.tensors(progress))
-    return in_int8(network, blocks, activations, DEFAULT_METHOD, largest, n_images=len(images[:MAX_RANGE_IMAGES]))
+    network = network.equalised(blocks, activations)
+    return network, measure_activations(network.model, network.values(blocks), calibration.tensors(progress))
 
 
 def in_int8(

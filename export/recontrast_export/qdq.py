@@ -14,8 +14,9 @@ import onnx
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
-from recontrast_edge.int8 import TRANSPARENT, Layout, Operation, half_scale, quantise_weight
+from recontrast_edge.int8 import TRANSPARENT, Layout, Operation, half_scale, part_of, quantise_weight
 from recontrast_edge.magnitudes import LEVELS, Magnitudes, Method
+from recontrast_export.equalise import with_equal_channels
 from recontrast_export.ranges import Activation
 
 # The first operator set whose QuantizeLinear and DequantizeLinear take float16.
@@ -68,6 +69,21 @@ class Int8Network:
     def values(self, blocks: Collection[str]) -> list[str]:
         """Names of the values that are quantised if these blocks are; weights are not among them."""
         return list(self._layout.place(blocks).groups)
+
+    def equalised(self, blocks: Collection[str], activations: Mapping[str, Activation]) -> Int8Network:
+        """The same network with channels of like size between the convolutions of bottleneck and decoder.
+
+        The encoders' channels are of like size already: measured, theirs gain nothing.
+
+        Args:
+            blocks: which are to be quantised; other convolutions do not count.
+            activations: of at least ``values(blocks)``; what they are in the new network must be measured anew.
+        """
+        convolutions = {
+            name for name in self._layout.place(blocks).convolutions if part_of(name) in ("bottleneck", "decoder")
+        }
+        largest = {name: activations[name].channel_largest for name in self.values(blocks)}
+        return Int8Network(with_equal_channels(self.model, convolutions, largest))
 
     def limits(
         self, blocks: Collection[str], activations: Mapping[str, Activation], method: Method

@@ -47,6 +47,7 @@ from recontrast_export.precision import (
     MAX_RANGE_IMAGES,
     CalibrationImages,
     Converted,
+    calibrated,
     in_float16,
     in_int8,
     network_values,
@@ -57,7 +58,7 @@ from recontrast_export.precision import (
 )
 from recontrast_export.proving import GivenUp, Prover, ValidationImages, enforce, read_validation
 from recontrast_export.qdq import Int8Network
-from recontrast_export.ranges import Activation, largest_magnitudes, measure_activations
+from recontrast_export.ranges import Activation, largest_magnitudes
 from recontrast_export.rewrite import with_pointwise_upsampling
 from recontrast_export.sensitivity import Probe, Rung, block_harms, ladder, method_errors, opened, rung_of
 from recontrast_export.trt import Progress
@@ -296,18 +297,14 @@ class _Search:
         return tried, found
 
     def _measure_activations(self) -> None:
-        model = self._network.model
-        tensors = self._scales.tensors(self._progress)
-        self._activations = measure_activations(model, self._network.values(self._blocks), tensors)
+        self._network, self._activations = calibrated(self._network, self._blocks, self._scales, self._progress)
         some = list(itertools.islice(self._scales.tensors(), MAX_RANGE_IMAGES))
         self._n_range_images = len(some)
         self._largest = largest_magnitudes(self._source, network_values(self._source), some)
-        # The same graph, rewritten: values that only one of the two has.
-        self._largest |= {
-            name: activation.magnitudes.largest
-            for name, activation in self._activations.items()
-            if name not in self._largest
-        }
+        # The graph that is quantised has other values: channels of other sizes, upsampling taken apart.
+        rewritten = self._network.model
+        for name, reached in largest_magnitudes(rewritten, network_values(rewritten), some).items():
+            self._largest[name] = max(reached, self._largest.get(name, 0.0))
 
     def _ladder(self) -> list[Trial]:
         """Choose the method, measure the blocks and then the rungs; nothing is judged yet."""

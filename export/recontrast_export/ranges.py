@@ -27,17 +27,21 @@ class Activation:
     Attributes:
         magnitudes: of all its elements.
         channel_mean: (C,) float64, mean of each channel (axis 1).
+        channel_largest: (C,) float32, largest magnitude of each channel.
     """
 
     magnitudes: Magnitudes = field(default_factory=Magnitudes)
     channel_mean: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
+    channel_largest: NDArray[np.float32] = field(default_factory=lambda: np.zeros(0, np.float32))
     _n: int = 0
 
     def add(self, values: NDArray[np.float32]) -> None:
         """Add the value's (N, C, h, w) elements of one image or batch."""
         self.magnitudes.add(values)
         mean = values.mean(axis=(0, 2, 3), dtype=np.float64)
+        largest = np.abs(values).max(axis=(0, 2, 3))
         self._n += 1
+        self.channel_largest = largest if self._n == 1 else np.maximum(self.channel_largest, largest)
         self.channel_mean = mean if self._n == 1 else self.channel_mean + (mean - self.channel_mean) / self._n
 
 
