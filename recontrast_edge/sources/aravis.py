@@ -8,7 +8,6 @@ environment must be made with ``--system-site-packages``.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -26,7 +25,7 @@ INSTALL = (
     "python3 -m venv --system-site-packages"
 )
 
-_FEATURE_ELEMENT = re.compile(r'<(?:Boolean|Command|Enumeration|Float|Integer|String|StringReg) Name="(\w+)"')
+_FEATURE_ELEMENTS = {"Boolean", "Command", "Enumeration", "Float", "Integer", "String", "StringReg"}
 
 _ids: dict[str, str] = {}
 """What a camera was called -> how it was found: a search takes a second, which counts when a camera comes back."""
@@ -160,9 +159,19 @@ class AravisCamera:
 
     def feature_names(self) -> Sequence[str]:
         """See ``Camera``."""
-        # Not by way of the categories: cameras have features that no category lists.
-        xml, _ = self._device.get_genicam_xml()
-        return _FEATURE_ELEMENT.findall(xml)
+        # Not by way of the categories: cameras have features that no category lists. Nor from the text, which the
+        # bindings read beyond its end.
+        names: list[str] = []
+        pending = [self._device.get_genicam().get_document_element()]
+        while pending:
+            node = pending.pop(0)
+            if isinstance(node, self._aravis.GcFeatureNode) and node.get_node_name() in _FEATURE_ELEMENTS:
+                names.append(node.get_name())
+            child = node.get_first_child()
+            while child is not None:
+                pending.append(child)
+                child = child.get_next_sibling()
+        return names
 
     def start(self, buffers: int) -> None:
         """See ``Camera``."""
