@@ -11,8 +11,7 @@ changes.
 
 The division goes into the weights of the convolutions that make the value, through a Relu, a depth-to-space or a
 concatenation between, and costs nothing. Where the encoders' features, which are compared as they are, enter the
-bottleneck, and where the discriminator reads what cosines add up from, it is a multiplication of its own. Values that a
-residual addition reads, too, stay as they are.
+bottleneck, it is a multiplication of its own. Values that a residual addition reads, too, stay as they are.
 """
 
 from __future__ import annotations
@@ -87,10 +86,9 @@ class _Rewriter:
         new = dict(self._weights)
         biases: dict[str, NDArray[np.float32]] = {}
         multiplied: list[tuple[_Place, NDArray[np.float32]]] = []
+        sizes = {name: len(each) for name, each in channel_largest.items()}
         for value, largest in channel_largest.items():
-            readers = self._readers[value]
-            quantised = [node for node in readers if node.name in self._quantised]
-            sizes = {name: len(each) for name, each in channel_largest.items()}
+            quantised = [node for node in self._readers[value] if node.name in self._quantised]
             places = self._places(value, tuple(quantised), np.arange(len(largest)), sizes) if quantised else None
             if places is None:
                 continue
@@ -153,20 +151,20 @@ class _Rewriter:
                 node.input[index] = name
 
     def _multiply(self, places: Sequence[tuple[_Place, NDArray[np.float32]]]) -> None:
-        behind: dict[str, onnx.NodeProto] = {}
+        behind: dict[str, list[onnx.NodeProto]] = {}
         for place, factors in places:
-            made, constant = f"{place.value}/equalised", f"{place.value}/factors"
+            known = behind.setdefault(place.value, [])
+            suffix = f"/{len(known)}" if known else ""
+            made, constant = f"{place.value}/equalised{suffix}", f"{place.value}/factors{suffix}"
             self._graph.initializer.append(numpy_helper.from_array(factors.reshape(1, -1, 1, 1), constant))
-            behind[place.value] = helper.make_node(
-                "Mul", [place.value, constant], [made], name=f"{place.value}/equalise"
-            )
+            known.append(helper.make_node("Mul", [place.value, constant], [made], name=f"{made}/product"))
             for reader in place.readers:
                 for index, name in enumerate(reader.input):
                     reader.input[index] = made if name == place.value else name
         nodes: list[onnx.NodeProto] = []
         for node in self._graph.node:
             nodes.append(node)
-            nodes += [behind[name] for name in node.output if name in behind]
+            nodes += [added for name in node.output for added in behind.get(name, [])]
         # Before the nodes that these are copies of go.
         copies = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
         del self._graph.node[:]

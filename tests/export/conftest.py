@@ -7,7 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from recontrast_edge.images import write_image
 from recontrast_edge.spec import InputSpec, Level, ModelSpec, Scoring
@@ -68,6 +70,13 @@ def spec_of() -> Callable[..., ModelSpec]:
         return spec.model_copy(update=changes)
 
     return get
+
+
+@pytest.fixture(scope="session")
+def tensors() -> NDArray[np.float32]:
+    """(3, 1, 3, H, W): three network inputs of noise."""
+    width, height = SIZE_WH
+    return np.random.default_rng(0).normal(size=(3, 1, 3, height, width)).astype(np.float32)
 
 
 @pytest.fixture(scope="session")

@@ -35,12 +35,6 @@ def run(model: Any, tensor: Any) -> list[Any]:
 
 
 @pytest.fixture(scope="module")
-def tensors(spec_of: Any) -> Any:
-    width, height = spec_of("resnet18", (1,)).input.size_wh
-    return np.random.default_rng(0).normal(size=(2, 1, 3, height, width)).astype(np.float32)
-
-
-@pytest.fixture(scope="module")
 def network_of(model_of: Any, spec_of: Any, tensors: Any) -> Any:
     """A network whose channels are of very different sizes, and what its values do."""
     known: dict[str, tuple[Int8Network, dict[str, Activation]]] = {}

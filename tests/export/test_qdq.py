@@ -36,12 +36,6 @@ def run(model: Any, names: list[str], tensor: Any) -> list[Any]:
 
 
 @pytest.fixture(scope="module")
-def tensors(spec_of: Any) -> Any:
-    width, height = spec_of("resnet18", (1,)).input.size_wh
-    return np.random.default_rng(0).normal(size=(3, 1, 3, height, width)).astype(np.float32)
-
-
-@pytest.fixture(scope="module")
 def graphs(model_of: Any, spec_of: Any) -> dict[str, Any]:
     """Exported models, by backbone."""
     return {name: build_onnx(model_of(name), spec_of(name, model_of(name).channels), head="map") for name in BACKBONES}
