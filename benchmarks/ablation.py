@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from study import exit_code, percent_and_spread, publish
 
 from recontrast_edge.datasets import GOOD, Dataset, Sample, find_dataset, read_sample
-from recontrast_edge.doctor import machine_facts
+from recontrast_edge.doctor import published_facts
 from recontrast_edge.engines import Inference
 from recontrast_edge.errors import UsageError
 from recontrast_edge.evaluation import Scorer, evaluate
@@ -341,7 +341,7 @@ def run(
     for part, samples in (("validation", used.validation), ("test", used.test)):
         overall = evaluate(judged, samples, network.spec, progress=True).overall
         record[part] = {key: overall.named()[key].value for key in ("i_auroc", "aupro")}
-    record["machine"] = machine_facts()
+    record["machine"] = published_facts()
     with atomic_write(path) as file:
         file.write((json.dumps(record, indent=2) + "\n").encode())
     return record

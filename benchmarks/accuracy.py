@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from recontrast_edge.datasets import Dataset, find_dataset
-from recontrast_edge.doctor import machine_facts
+from recontrast_edge.doctor import published_facts
 from recontrast_edge.engines import Inference
 from recontrast_edge.errors import UsageError
 from recontrast_edge.evaluation import Evaluation, Scorer, evaluate
@@ -233,7 +233,7 @@ def run(name: str, dataset: Dataset, recipe: Recipe, out: Path) -> dict[str, Any
         "train_s": round(result.train_s, 1),
         "infer_ms": infer_ms(result.scorer, dataset),
         **measured(evaluation),
-        "machine": machine_facts(),
+        "machine": published_facts(),
     }
     with atomic_write(path) as file:
         file.write((json.dumps(record, indent=2) + "\n").encode())

@@ -34,7 +34,7 @@ from matplotlib.figure import Figure
 from study import exit_code, percent_and_spread, publish
 
 from recontrast_edge.datasets import Dataset, Sample, find_dataset, parts_of
-from recontrast_edge.doctor import machine_facts
+from recontrast_edge.doctor import published_facts
 from recontrast_edge.errors import InputError, UsageError
 from recontrast_edge.evaluation import Scorer, evaluate, score_samples
 from recontrast_edge.images import atomic_write
@@ -154,7 +154,7 @@ def run(row: Row, seed: int, dataset: Dataset, options: argparse.Namespace) -> d
         "metrics": {key: evaluation.overall.named()[key].value for key in METRICS},
         "suspects_ap": before,
         "suspects_ap_with_model": after,
-        "machine": machine_facts(),
+        "machine": published_facts(),
     }
     with atomic_write(path) as file:
         file.write((json.dumps(record, indent=2) + "\n").encode())

@@ -33,7 +33,7 @@ import numpy as np
 
 from recontrast_edge import assembly
 from recontrast_edge.assembly import LineAssembler
-from recontrast_edge.doctor import machine_facts
+from recontrast_edge.doctor import published_facts
 from recontrast_edge.frame import EndOfStream, Frame
 from recontrast_edge.images import atomic_write
 from recontrast_edge.linescan import LineScanOptions, LineScanSource
@@ -207,7 +207,7 @@ def main() -> None:
     if arguments.json:
         setup = {"width": WIDTH, "tile_lines": LINES, "overlap": OVERLAP, "lines": arguments.lines}
         with atomic_write(arguments.json) as file:
-            file.write(json.dumps({"machine": machine_facts(), **setup, **results}, indent=2).encode() + b"\n")
+            file.write(json.dumps({"machine": published_facts(), **setup, **results}, indent=2).encode() + b"\n")
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from recontrast_edge import __version__
-from recontrast_edge.doctor import machine_facts
+from recontrast_edge.doctor import published_facts
 from recontrast_edge.engines import Engine, Inference, engine_path, open_engine
 from recontrast_edge.errors import GateError, InputError, ModelError, SourceError, UsageError
 from recontrast_edge.frame import EndOfStream, Frame, Source
@@ -378,7 +378,7 @@ def bench(
         "format": FORMAT,
         "version": VERSION,
         "recontrast_edge": __version__,
-        "machine": {name: fact for name, fact in machine_facts().items() if name in _REPORTED_FACTS},
+        "machine": published_facts(),
         "settings": {**dataclasses.asdict(settings), "source": source},
         "excluded": EXCLUDED,
     }
@@ -421,9 +421,6 @@ def bench(
                     entry["gpu_stages_error"] = str(error)
     report["engines"] = entries
     return report, latencies
-
-
-_REPORTED_FACTS = ("os", "cpu", "cores", "memory_gib", "jetson")
 
 
 def _describe(engine: Engine) -> dict[str, Any]:

@@ -84,6 +84,9 @@ class Report:
         }
 
 
+_PUBLISHED = ("os", "cpu", "cores", "memory_gib", "jetson")
+
+
 def examine() -> Report:
     """Probe everything; takes a few seconds, and never raises for what is wrong with a part of the machine."""
     with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:
@@ -95,6 +98,11 @@ def examine() -> Report:
 def machine_facts() -> Facts:
     """What is known of the machine without touching a library; never raises."""
     return {name: _guarded(fact) for name, fact in _MACHINE.items()}
+
+
+def published_facts() -> Facts:
+    """Those of ``machine_facts`` that may stand beside a measurement: no paths, and nothing that is plugged in."""
+    return {name: fact for name, fact in machine_facts().items() if name in _PUBLISHED}
 
 
 def _guarded(fact: Callable[[], Any]) -> Any:
