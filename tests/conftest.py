@@ -16,6 +16,7 @@ from recontrast_edge.engines import Engine, open_engine
 from recontrast_edge.onnxfile import SPEC_KEY, graph_sha256, replace_metadata
 from recontrast_edge.scoring import INPUT_NAME, MAP_NAME, SCORE_NAME
 from recontrast_edge.spec import InputSpec, Level, ModelSpec, Threshold
+from tests.kernels.host import COMPILER, Host, build
 
 TINY_SIZE = 32
 
@@ -108,3 +109,11 @@ def engine(tiny_model: Path) -> Iterator[Engine]:
     """``tiny_model``, opened on one thread."""
     with open_engine(tiny_model, threads=1) as opened:
         yield opened
+
+
+@pytest.fixture(scope="session")
+def host(tmp_path_factory: pytest.TempPathFactory) -> Host:
+    """The kernels' own source, built for the CPU."""
+    if COMPILER is None:
+        pytest.skip("g++ builds the kernels for the host")
+    return Host(build(tmp_path_factory.mktemp("host")))

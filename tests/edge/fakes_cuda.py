@@ -25,8 +25,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from recontrast_edge.cuda import cuda_bindings
-from recontrast_edge.kernels import AnomalyMapParams, Launch, PreprocessParams
+from recontrast_edge.cuda import Device, cuda_bindings, open_device
+from recontrast_edge.kernels import AnomalyMapParams, Launch, PreprocessParams, launcher
 from tests.kernels.host import Host
 
 Work = Callable[[], None]
@@ -102,6 +102,17 @@ SPOIL_CAPTURES = frozenset(
 def install(driver: FakeDriver, monkeypatch: pytest.MonkeyPatch) -> None:
     """Make it what ``cuda-bindings`` finds."""
     monkeypatch.setattr(cuda_bindings, "_import_driver", lambda: driver)
+
+
+@contextmanager
+def fake_device(host: Host, monkeypatch: pytest.MonkeyPatch) -> Iterator[Device]:
+    """A device of a fake driver, with our kernels; all that it gave must have been given back at the end."""
+    driver = FakeDriver(host)
+    install(driver, monkeypatch)
+    monkeypatch.setattr(launcher, "compiled_kernels", lambda _capability: b"a cubin")
+    with open_device(binding="cuda-bindings") as device:
+        yield device
+    assert driver.live == {}
 
 
 class FakeDriver:

@@ -41,7 +41,7 @@ from tests.edge.fakes_tensorrt import (
     judged,
     map_network,
 )
-from tests.kernels.host import COMPILER, Host, build
+from tests.kernels.host import Host
 
 SIZE = 32
 Open = Callable[..., TensorRtEngine]
@@ -82,13 +82,6 @@ def write_plan(folder: Path, spec: ModelSpec, **changes: Any) -> Path:
     }
     sidecar_path(path).write_text(PlanInfo(**values | changes).dumps())
     return path
-
-
-@pytest.fixture(scope="session")
-def host(tmp_path_factory: pytest.TempPathFactory) -> Host:
-    if COMPILER is None:
-        pytest.skip("g++ builds the kernels for the host")
-    return Host(build(tmp_path_factory.mktemp("host")))
 
 
 @pytest.fixture

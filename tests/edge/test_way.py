@@ -6,9 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from recontrast_edge.cuda import Device, open_device
-from recontrast_edge.kernels import launcher
-from tests.edge.fakes_cuda import FakeDriver, install
+from recontrast_edge.cuda import Device
+from tests.edge.fakes_cuda import fake_device
 from tests.gpu.test_way import (  # noqa: F401 - collected here as this module's tests
     features,
     library,
@@ -19,21 +18,10 @@ from tests.gpu.test_way import (  # noqa: F401 - collected here as this module's
     test_frames_take_no_memory_and_closing_gives_it_back,
     test_maps_and_scores_are_the_oracles,
 )
-from tests.kernels.host import COMPILER, Host, build
-
-
-@pytest.fixture(scope="module")
-def host(tmp_path_factory: pytest.TempPathFactory) -> Host:
-    if COMPILER is None:
-        pytest.skip("g++ builds the kernels for the host")
-    return Host(build(tmp_path_factory.mktemp("host")))
+from tests.kernels.host import Host
 
 
 @pytest.fixture
 def device(host: Host, monkeypatch: pytest.MonkeyPatch) -> Iterator[Device]:
-    driver = FakeDriver(host)
-    install(driver, monkeypatch)
-    monkeypatch.setattr(launcher, "compiled_kernels", lambda _capability: b"a cubin")
-    with open_device(binding="cuda-bindings") as opened:
+    with fake_device(host, monkeypatch) as opened:
         yield opened
-    assert driver.live == {}

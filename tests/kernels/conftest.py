@@ -1,4 +1,4 @@
-"""The kernels, built for the host once a session."""
+"""The kernels, built for the host with a sanitizer, once a session."""
 
 from __future__ import annotations
 
@@ -6,14 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.kernels.host import COMPILER, Host, build
-
-
-@pytest.fixture(scope="session")
-def host(tmp_path_factory: pytest.TempPathFactory) -> Host:
-    if COMPILER is None:
-        pytest.skip("g++ builds the kernels for the host")
-    return Host(build(tmp_path_factory.mktemp("host")))
+from tests.kernels.host import COMPILER, build
 
 
 @pytest.fixture(scope="session")

@@ -7,11 +7,10 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from recontrast_edge.cuda import open_device
-from recontrast_edge.kernels import PreprocessPlan, launcher
+from recontrast_edge.kernels import PreprocessPlan
 from recontrast_edge.preprocess import nv12_to_bgr, preprocess
 from recontrast_edge.spec import Roi, Scoring
-from tests.edge.fakes_cuda import FakeDriver, install
+from tests.edge.fakes_cuda import fake_device
 from tests.gpu.gpu import Gpu
 from tests.kernels.host import Host
 from tests.kernels.test_anomaly_map import LEVELS, make_features, make_plan
@@ -20,12 +19,8 @@ from tests.kernels.test_preprocess import BOUND, make_spec, with_pitch
 
 @pytest.fixture
 def gpu(host: Host, monkeypatch: pytest.MonkeyPatch) -> Iterator[Gpu]:
-    driver = FakeDriver(host)
-    install(driver, monkeypatch)
-    monkeypatch.setattr(launcher, "compiled_kernels", lambda _capability: b"a cubin")
-    with open_device(binding="cuda-bindings") as device:
+    with fake_device(host, monkeypatch) as device:
         yield Gpu(device)
-    assert driver.live == {}
 
 
 def test_nv12s_two_planes_are_passed_on(gpu: Gpu) -> None:
