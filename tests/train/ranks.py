@@ -1,6 +1,6 @@
 """Trainings whose result must not depend on how many processes share them; run by ``test_distributed.py``.
 
-torchrun --standalone --nproc-per-node 2 tests/train/ranks.py GOOD CATEGORIES OUT
+torchrun --standalone --nproc-per-node 2 tests/train/ranks.py JOB DATA OUT
 """
 
 from __future__ import annotations
@@ -56,8 +56,7 @@ def train(recipe: Recipe, paths: list[Path], checkpoint: Path) -> tuple[ReContra
     return model, fitted.losses
 
 
-def main(good: Path, categories: Path, out: Path) -> None:
-    torch.set_num_threads(1)
+def recipes(good: Path, out: Path) -> None:
     paths = sorted(good.iterdir())
     with process_group(torch.device("cpu")):
         for name, recipe in RECIPES.items():
@@ -65,21 +64,40 @@ def main(good: Path, categories: Path, out: Path) -> None:
             if rank() == 0:
                 weights = {key: value.contiguous() for key, value in model.state_dict().items()}
                 save_file(weights, out / f"{name}.safetensors", metadata={"losses": json.dumps(losses)})
-        for name, failing, images in (
-            ("indivisible", Recipe(**{**COMMON, "batch": 3}), paths),
-            # Only one of the two processes meets it.
-            ("damaged", Recipe(**{**COMMON, "batch": 2, "iterations": 1}), [paths[0], good.parent / "none.png"]),
-        ):
-            try:
-                train(failing, images, out / "checkpoint")
-            except RecontrastError as error:
-                (out / f"{name}-{rank()}").write_text(f"{type(error).__name__}: {error}")
+        try:
+            train(Recipe(**{**COMMON, "batch": 3}), paths, out / "checkpoint")
+        except RecontrastError as error:
+            (out / f"indivisible-{rank()}").write_text(f"{type(error).__name__}: {error}")
+        (out / f"threads-during-{rank()}").write_text(str(gloo_threads()))
+
+
+def damaged(good: Path, out: Path) -> None:
+    # Only one of the two processes meets it.
+    paths = [next(good.iterdir()), good.parent / "none.png"]
+    try:
+        with process_group(torch.device("cpu")):
+            train(Recipe(**{**COMMON, "batch": 2, "iterations": 1}), paths, out / "checkpoint")
+    except RecontrastError as error:
+        (out / f"damaged-{rank()}").write_text(f"{type(error).__name__}: {error}")
+
+
+def categories(mvtec: Path, out: Path) -> None:
     options = {"backbone": "efficientnet_lite0", "size_wh": [SIZE, SIZE], "iterations": 1, "batch": 2}
     try:
-        train_all(TrainOptions(categories, out / "runs", overrides=options, weights="random", device="cpu"))
+        train_all(TrainOptions(mvtec, out / "runs", overrides=options, weights="random", device="cpu"))
     except RecontrastError:
         (out / f"categories-{rank()}").write_text((out / "runs" / CATEGORIES_FILE).read_text())
 
 
+def gloo_threads() -> int:
+    return [name.read_text().strip() for name in Path("/proc/self/task").glob("*/comm")].count("pt_gloo_runloop")
+
+
+# One process group a process: a second one would read the addresses of the first from torchrun's store.
+JOBS = {"recipes": recipes, "damaged": damaged, "categories": categories}
+
 if __name__ == "__main__":
-    main(*map(Path, sys.argv[1:]))
+    job, folder, results = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
+    torch.set_num_threads(1)
+    JOBS[job](folder, results)
+    (results / f"threads-{job}-{rank()}").write_text(str(gloo_threads()))

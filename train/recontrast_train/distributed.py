@@ -9,7 +9,10 @@ Process 0 alone writes and prints. Without ``torchrun`` there is one process, an
 
 from __future__ import annotations
 
+import gc
+import importlib
 import os
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -103,11 +106,28 @@ def process_group(device: torch.device) -> Iterator[None]:
         torch.cuda.set_device(device)
         # Decisions go over gloo, because exchanging them over NCCL would wait for the GPU in every iteration.
         backend = "cpu:gloo,cuda:nccl"
+    # Gloo's threads live as long as anything holds the group. One that frees a tensor while the interpreter ends aborts
+    # the process, after a training that went well; so nothing may hold it by then. This module would for ever, in the
+    # defaults of its functions, were it imported for the first time (by DistributedDataParallel) after the next line.
+    importlib.import_module("torch.distributed.nn")
     distributed.init_process_group(backend, timeout=TIMEOUT)
     try:
         yield
+    except BaseException as error:
+        _clear_frames(error)
+        raise
     finally:
         distributed.destroy_process_group()
+        # A DistributedDataParallel is part of reference cycles.
+        gc.collect()
+
+
+def _clear_frames(error: BaseException) -> None:
+    """Let go of what the functions that ``error`` has left still hold in their local variables."""
+    chain: BaseException | None = error
+    while chain is not None:
+        traceback.clear_frames(chain.__traceback__)
+        chain = chain.__cause__ or chain.__context__
 
 
 def any_rank(*flags: bool) -> list[bool]:
