@@ -33,6 +33,7 @@ from recontrast_edge.proof import QUANTISATION_KEY, Proof, read_quantisation
 from recontrast_edge.spec import Roi, Threshold
 from recontrast_edge.verdict import resolve_threshold
 from tests.export.calibrated import with_threshold
+from tests.programs import load_program
 
 torch = pytest.importorskip("torch", reason="needs the train extra")
 onnx = pytest.importorskip("onnx", reason="needs the export extra")
@@ -663,3 +664,24 @@ def test_a_plan_carries_the_record_of_its_graph(quantised: Any, data_folder: Pat
     assert info.conversion == result.record.conversion
     assert info.calibration == result.record.calibration
     assert info.parity.graph_proof == result.record.proof
+
+
+def test_the_table_of_proofs(
+    quantised: Any, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """``benchmarks/precision.py``: what it shows is what the file carries."""
+    program = load_program("precision")
+    record = quantised[0].record
+    monkeypatch.setattr(sys, "argv", ["precision.py", str(quantised[1]), "--json", str(tmp_path / "rows.json")])
+    program.main()
+    (row,) = capsys.readouterr().out.splitlines()[2:]
+    share, proof = f"{100 * record.conversion.int8_macs:.1f} %", record.proof
+    changed = f"{proof.verdict_flips.count} of {proof.verdict_flips.of}, {proof.clear_flips} of them clear"
+    assert row.split(" | ")[1:4] == ["INT8", share, changed]
+    (written,) = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    assert written["proof"] == json.loads(record.dumps())["proof"]
+    monkeypatch.setattr(sys, "argv", ["precision.py", str(model)])
+    with pytest.raises(SystemExit) as end:
+        program.main()
+    assert end.value.code == ModelError.exit_code
+    assert "carries no proof" in capsys.readouterr().err
