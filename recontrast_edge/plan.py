@@ -83,7 +83,8 @@ class PlanInfo(Record):
     """Name of the GPU it was built on; null: built without one."""
     precision: Precision
     head: Head
-    """``map``: the engine gives map and score. ``features``: it gives the feature pairs, float16 unless ``fp32``."""
+    """``map``: the engine gives map and score. ``features``: it gives the feature pairs, float16 unless ``fp32``, and a
+    discriminator's probability."""
     batch: tuple[BatchSize, BatchSize, BatchSize]
     """Smallest, optimal and largest batch."""
     plan_sha256: Sha256

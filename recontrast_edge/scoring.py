@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from recontrast_edge.resample import fold_matrix
-from recontrast_edge.spec import Scoring
+from recontrast_edge.spec import ModelSpec, Scoring
 
 Float = TypeVar("Float", np.float32, np.float64)
 
@@ -38,9 +38,29 @@ def reconstruction_name(view: int, level: int) -> str:
     return f"reconstruction{view}_{level}"
 
 
+PROBABILITY_NAME = "defect_probability"
+"""In a ``features`` graph what a discriminator found, (N, 1, h_0, w_0) float32; in a ``map`` graph inside of it."""
+
 MAP_NAME = "anomaly_map"
 SCORE_NAME = "anomaly_score"
 INPUT_NAME = "image"
+
+
+def feature_shapes(spec: ModelSpec) -> dict[str, tuple[int, int, int]]:
+    """(C, h, w) of each output of a ``features`` graph: by view, level, then target and reconstruction.
+
+    A discriminator's probability comes last.
+    """
+    shapes: dict[str, tuple[int, int, int]] = {}
+    for view in range(VIEWS):
+        for index, level in enumerate(spec.levels):
+            width, height = spec.level_wh(index)
+            for name in (target_name(view, index), reconstruction_name(view, index)):
+                shapes[name] = (level.channels, height, width)
+    if spec.scoring.discriminator_weight is not None:
+        width, height = spec.level_wh(0)
+        shapes[PROBABILITY_NAME] = (1, height, width)
+    return shapes
 
 
 def cosine_distance(target: NDArray[Float], reconstruction: NDArray[Float]) -> NDArray[Float]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -18,10 +19,10 @@ from recontrast_edge.engines.onnx import OnnxEngine
 from recontrast_edge.errors import InputError, OutputError, UsageError
 from recontrast_edge.images import atomic_write
 from recontrast_edge.onnxfile import SPEC_KEY
-from recontrast_edge.scoring import INPUT_NAME, reconstruction_name, target_name
+from recontrast_edge.scoring import INPUT_NAME
 from recontrast_edge.spec import ModelSpec
 from recontrast_export.graph import OPSETS, Graph, Storage, store_weights_as_float16
-from recontrast_export.map_head import add_map_head
+from recontrast_export.heads import Discriminate, add_feature_head, add_map_head
 from recontrast_export.parity import (
     FP32_TOLERANCE,
     ParityReport,
@@ -130,21 +131,11 @@ def build_onnx(
     width, height = spec.input.size_wh
     graph = Graph("recontrast", opset=opset)
     pairs = add_network(graph, model, graph.input(INPUT_NAME, ["N", 3, height, width]))
-    discriminator = model.discriminator
-    if head == "map" and discriminator is not None:
-        add_map_head(graph, pairs, spec, lambda levels: add_discriminator(graph, discriminator, levels))
-    elif head == "map":
-        add_map_head(graph, pairs, spec)
-    elif discriminator is not None:
-        raise UsageError(
-            "a model with a discriminator can only be exported with --head map: the kernel does not run it"
-        )
-    else:
-        for view in range(len(pairs)):
-            for level, level_spec in enumerate(spec.levels):
-                level_width, level_height = spec.level_wh(level)
-                for name in (target_name(view, level), reconstruction_name(view, level)):
-                    graph.output(name, ["N", level_spec.channels, level_height, level_width])
+    discriminate: Discriminate | None = None
+    if (discriminator := model.discriminator) is not None:
+        discriminate = partial(add_discriminator, graph, discriminator)
+    add_head = add_map_head if head == "map" else add_feature_head
+    add_head(graph, pairs, spec, discriminate)
     exported, _ = onnxsim.simplify(graph.model(producer_version=__version__))
     if isinstance(model, Int8ReContrast):
         exported = Int8Network(with_pointwise_upsampling(exported)).with_scales(model.blocks, model.scales())

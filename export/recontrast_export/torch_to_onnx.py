@@ -21,6 +21,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional
 
 from recontrast_edge.errors import ModelError
+from recontrast_edge.scoring import PROBABILITY_NAME
 from recontrast_export.graph import Graph, Pairs
 from recontrast_train.backbones import SameConv2d
 from recontrast_train.discriminator import Discriminator
@@ -67,7 +68,7 @@ def add_discriminator(graph: Graph, discriminator: Discriminator, levels: Sequen
     traced = Tracer().trace(discriminator)
     logits: Any = next(node for node in traced.nodes if node.op == "output").args[0]
     values = _Translation(graph, discriminator, {}, prefix="discriminator/").run(traced, list(levels))
-    return graph.node("Sigmoid", [values[logits]], "discriminator/probability")
+    return graph.node("Sigmoid", [values[logits]], PROBABILITY_NAME)
 
 
 class _Translation:

@@ -23,7 +23,7 @@ def export_command(
         "map",
         "--head",
         help="map: the graph ends at anomaly map and score, for every engine. features: it ends at the 12 feature "
-        "maps, for engines with a map kernel of their own.",
+        "maps and what a discriminator finds, for engines with a map kernel of their own.",
     ),
     images: list[Path] = typer.Option(
         [],

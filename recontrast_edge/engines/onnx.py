@@ -23,11 +23,10 @@ from recontrast_edge.scoring import (
     MAP_NAME,
     SCORE_NAME,
     VIEWS,
+    feature_shapes,
     fold_maps,
     image_scores,
     level_distances,
-    reconstruction_name,
-    target_name,
     weighted,
 )
 from recontrast_edge.tiling import infer_tiles
@@ -82,23 +81,18 @@ class OnnxEngine:
         inputs = {node.name: node.shape for node in self._session.get_inputs()}
         outputs = {node.name: node.shape for node in self._session.get_outputs()}
         if list(inputs) != [INPUT_NAME] or list(inputs[INPUT_NAME][1:]) != [3, height, width]:
-            expected = f"one input {INPUT_NAME!r} of (N, 3, {height}, {width})"
-            raise ModelError(f"{self.path}: expected {expected}, got {inputs}; export it again")
+            wanted = f"one input {INPUT_NAME!r} of (N, 3, {height}, {width})"
+            raise ModelError(f"{self.path}: expected {wanted}, got {inputs}; export it again")
         if set(outputs) == {MAP_NAME, SCORE_NAME}:
             return [MAP_NAME, SCORE_NAME]
-        names: list[str] = []
-        for view in range(VIEWS):
-            for level, level_spec in enumerate(self.spec.levels):
-                level_width, level_height = self.spec.level_wh(level)
-                for tensor in (target_name(view, level), reconstruction_name(view, level)):
-                    shape = [level_spec.channels, level_height, level_width]
-                    if list(outputs.get(tensor, [None])[1:]) != shape:
-                        raise ModelError(
-                            f"{self.path}: expected output {tensor!r} of (N, {', '.join(map(str, shape))}), got "
-                            f"{outputs.get(tensor, 'none')}; graph and spec do not belong together, export it again"
-                        )
-                    names.append(tensor)
-        return names
+        expected = feature_shapes(self.spec)
+        for tensor, shape in expected.items():
+            if list(outputs.get(tensor, [None])[1:]) != list(shape):
+                raise ModelError(
+                    f"{self.path}: expected output {tensor!r} of (N, {', '.join(map(str, shape))}), got "
+                    f"{outputs.get(tensor, 'none')}; graph and spec do not belong together, export it again"
+                )
+        return list(expected)
 
     def infer(self, images: Sequence[Image], *, maps_above: float | None = None) -> Inference:
         """See ``Engine.infer``. The maps are there anyway, so ``maps_above`` saves nothing and they always come."""
@@ -121,7 +115,7 @@ class OnnxEngine:
                 results = self._session.run(self._outputs, {INPUT_NAME: tensor})
             except Exception as error:
                 raise ModelError(f"{self.path}: inference failed ({_first_line(error)})") from None
-            if len(results) == 2:
+            if self._outputs[0] == MAP_NAME:
                 maps[index] = results[0][0, 0]
                 scores[index] = results[1][0]
             else:
@@ -131,14 +125,13 @@ class OnnxEngine:
         return Inference(maps, scores, {stage: seconds * 1e3 for stage, seconds in stage_s.items()})
 
     def _score(self, features: list[Any]) -> tuple[Any, Any]:
-        levels = len(self.spec.levels)
-        # Half-precision graphs give float16, whose squares overflow. In the order of ``_check_outputs``: view, level,
-        # then target and reconstruction.
+        levels, scoring = len(self.spec.levels), self.spec.scoring
+        # Half-precision graphs give float16, whose squares overflow.
         features = [feature.astype(np.float32, copy=False) for feature in features]
+        probability = features.pop()[:, 0] if scoring.discriminator_weight is not None else None
         flat = list(zip(features[0::2], features[1::2], strict=True))
         pairs = [flat[view * levels : (view + 1) * levels] for view in range(VIEWS)]
-        scoring = self.spec.scoring
-        parts = weighted(level_distances(pairs), scoring)
+        parts = weighted(level_distances(pairs), scoring, probability)
         anomaly = fold_maps(parts, self.spec.input.size_wh, scoring.blur_sigma)
         return anomaly[0], image_scores(anomaly, scoring)[0]
 

@@ -30,7 +30,7 @@ from recontrast_edge.errors import MissingError, ModelError
 from recontrast_edge.kernels.launcher import load_kernels
 from recontrast_edge.plan import FLAVOR_MODULES, Flavor, PlanInfo, verify_plan
 from recontrast_edge.preprocess import Geometry, Image, check_image
-from recontrast_edge.scoring import INPUT_NAME, MAP_NAME, SCORE_NAME, VIEWS, reconstruction_name, target_name
+from recontrast_edge.scoring import INPUT_NAME, MAP_NAME, PROBABILITY_NAME, SCORE_NAME, feature_shapes
 from recontrast_edge.tiling import infer_tiles
 
 _log = logging.getLogger(__name__)
@@ -325,27 +325,24 @@ class _TensorCheck:
         """Raises ModelError where they do not fit."""
         info, engine = self._info, self._engine
         width, height = info.spec.input.size_wh
-        outputs: dict[str, tuple[int, ...]] = {}
-        if info.head == "map":
-            outputs |= {MAP_NAME: (1, height, width), SCORE_NAME: ()}
-        else:
-            for index, level in enumerate(info.spec.levels):
-                level_width, level_height = info.spec.level_wh(index)
-                for view in range(VIEWS):
-                    for name in (target_name(view, index), reconstruction_name(view, index)):
-                        outputs[name] = (level.channels, level_height, level_width)
+        outputs: dict[str, tuple[int, ...]] = {MAP_NAME: (1, height, width), SCORE_NAME: ()}
+        if info.head == "features":
+            outputs = dict(feature_shapes(info.spec))
         expected = {INPUT_NAME: (3, height, width), **outputs}
         names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
         if set(names) != set(expected):
             raise self._mismatch(f"tensors {sorted(expected)}", f"{sorted(names)}")
         for name, shape in expected.items():
             self._check(name, shape)
-        dtypes = {self._dtype(name) for name in outputs}
-        if len(dtypes) > 1 or (info.head == "map" and dtypes != {np.dtype(np.float32)}):
-            wanted = "float32 results" if info.head == "map" else "features of one type"
-            raise self._mismatch(wanted, str(sorted(map(str, dtypes))))
+        dtypes = {name: self._dtype(name) for name in outputs}
+        results = {name for name in outputs if name in (MAP_NAME, SCORE_NAME, PROBABILITY_NAME)}
+        if any(dtypes[name] != np.float32 for name in results):
+            raise self._mismatch("float32 results", str({name: str(dtypes[name]) for name in sorted(results)}))
+        features = {dtypes[name] for name in outputs if name not in results}
+        if len(features) > 1:
+            raise self._mismatch("features of one type", str(sorted(map(str, features))))
         smallest, _, largest = engine.get_tensor_profile_shape(INPUT_NAME, 0)
-        return Tensors(outputs, self._dtype(INPUT_NAME), dtypes.pop(), int(smallest[0]), int(largest[0]))
+        return Tensors(outputs, dtypes, self._dtype(INPUT_NAME), int(smallest[0]), int(largest[0]))
 
     def _check(self, name: str, shape: tuple[int, ...]) -> None:
         library, engine = self._library, self._engine

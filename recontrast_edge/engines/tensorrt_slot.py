@@ -27,7 +27,7 @@ from recontrast_edge.kernels import AnomalyMapPlan, PixelFormat, PreprocessPlan
 from recontrast_edge.kernels.launcher import AnomalyMapLauncher, PreprocessLauncher
 from recontrast_edge.plan import PlanInfo
 from recontrast_edge.preprocess import Geometry, Image
-from recontrast_edge.scoring import INPUT_NAME, MAP_NAME, SCORE_NAME
+from recontrast_edge.scoring import INPUT_NAME, MAP_NAME, SCORE_NAME, target_name
 
 _log = logging.getLogger(__name__)
 
@@ -47,12 +47,13 @@ class Tensors:
 
     Attributes:
         outputs: shape of each output, without the batch.
+        output_dtypes: of each output.
         min_batch, max_batch: smallest and largest batch.
     """
 
     outputs: dict[str, tuple[int, ...]]
+    output_dtypes: dict[str, np.dtype[Any]]
     input_dtype: np.dtype[Any]
-    output_dtype: np.dtype[Any]
     min_batch: int
     max_batch: int
 
@@ -119,7 +120,7 @@ class Slot:
         self._input = device.allocate(max_batch * 3 * height * width * tensors.input_dtype.itemsize)
         stream.zero(self._input.pointer, self._input.size_bytes)
         outputs = {
-            name: device.allocate(max_batch * int(np.prod(shape)) * tensors.output_dtype.itemsize)
+            name: device.allocate(max_batch * int(np.prod(shape)) * tensors.output_dtypes[name].itemsize)
             for name, shape in tensors.outputs.items()
         }
         self._bound = {INPUT_NAME: self._input, **outputs}
@@ -129,7 +130,10 @@ class Slot:
         else:
             self._map, self._score = device.allocate(4 * max_batch * height * width), device.allocate(4 * max_batch)
             plan = AnomalyMapPlan.of_spec(
-                info.spec, dtype=tensors.output_dtype, max_batch=max_batch, multiprocessors=device.multiprocessors
+                info.spec,
+                dtype=tensors.output_dtypes[target_name(0, 0)],
+                max_batch=max_batch,
+                multiprocessors=device.multiprocessors,
             )
             self._map_launcher = AnomalyMapLauncher(
                 device,

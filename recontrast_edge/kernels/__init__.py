@@ -22,7 +22,14 @@ from numpy.typing import DTypeLike, NDArray
 from recontrast_edge.errors import InputError, ModelError
 from recontrast_edge.preprocess import YUV_MATRICES, Geometry, YuvStandard
 from recontrast_edge.resample import Band, antialias_matrix, fold_matrix
-from recontrast_edge.scoring import VIEWS, level_weights, reconstruction_name, target_name, top_count
+from recontrast_edge.scoring import (
+    PROBABILITY_NAME,
+    VIEWS,
+    level_weights,
+    reconstruction_name,
+    target_name,
+    top_count,
+)
 from recontrast_edge.spec import InputSpec, ModelSpec, Scoring
 
 SOURCE = "kernels.cu"
@@ -49,6 +56,8 @@ _WARP = 32
 _LOAD_BYTES = 16
 _ALIGNMENT = 256
 """Of each part of workspace and constants, in bytes."""
+_NO_BLOCK = 2**31 - 1
+"""First block of a level that the distance kernel has nothing to do with."""
 _SHARED_BYTES = 48 * 1024
 """What every GPU gives a block without being asked for more."""
 
@@ -225,7 +234,7 @@ class AnomalyMapPlan:
     Args:
         levels_chw: (channels, height, width) of each level's features, finest first.
         size_wh: width and height of the map in pixels.
-        scoring: blur and score rule.
+        scoring: blur, score rule and weights, of a discriminator as well.
         dtype: of the features, float16 or float32.
         max_batch: images that the workspace has room for, 1..65535.
         multiprocessors: of the GPU.
@@ -254,9 +263,11 @@ class AnomalyMapPlan:
             raise ValueError(f"max_batch must be 1..65535, got {max_batch}")
         if multiprocessors < 1 or alignment < self.dtype.itemsize or alignment & (alignment - 1):
             raise ValueError(f"impossible GPU or alignment: {multiprocessors} multiprocessors, {alignment} bytes")
-        if not 1 <= len(levels_chw) <= MAX_LEVELS:
+        # A discriminator's probability is folded like the distances of one more level.
+        n_folded = len(levels_chw) + (scoring.discriminator_weight is not None)
+        if not levels_chw or n_folded > MAX_LEVELS:
             raise ModelError(
-                f"the CUDA kernel compares 1 to {MAX_LEVELS} levels, this model has {len(levels_chw)}; export it with "
+                f"the CUDA kernel folds 1 to {MAX_LEVELS} levels, this model has {n_folded}; export it with "
                 "`--head map`, which needs no kernel"
             )
         self.size_wh = size_wh
@@ -266,11 +277,13 @@ class AnomalyMapPlan:
         self.levels = _divide(levels_chw, self.dtype.itemsize, alignment, multiprocessors)
         # A level's weight goes into one of its two matrices.
         weights = level_weights(scoring, len(self.levels))
+        folded = list(zip(self.levels, weights, strict=True))
+        if scoring.discriminator_weight is not None:
+            folded.append((self.levels[0], scoring.discriminator_weight))
         self.row_bands = [
-            Band.of(weight * fold_matrix(level.height, size_wh[1], scoring.blur_sigma))
-            for level, weight in zip(self.levels, weights, strict=True)
+            Band.of(weight * fold_matrix(level.height, size_wh[1], scoring.blur_sigma)) for level, weight in folded
         ]
-        self.column_bands = [Band.of(fold_matrix(level.width, size_wh[0], scoring.blur_sigma)) for level in self.levels]
+        self.column_bands = [Band.of(fold_matrix(level.width, size_wh[0], scoring.blur_sigma)) for level, _ in folded]
         constants = _Constants()
         for index, (rows, columns) in enumerate(zip(self.row_bands, self.column_bands, strict=True)):
             constants.add_band(f"row{index}", rows)
@@ -366,7 +379,7 @@ class AnomalyMapPlan:
         """The kernels' argument.
 
         Args:
-            features: device pointer of each tensor, named as in a ``features`` graph; (N, C, h, w), contiguous.
+            features: device pointer of each output of a ``features`` graph, by name; (N, C, h, w), contiguous.
             map_pointer: (N, height, width) float32.
             score_pointer: (N,) float32.
             workspace_pointer: ``workspace_bytes``, zero before the first launch.
@@ -388,11 +401,6 @@ class AnomalyMapPlan:
                 level.reconstruction[view] = features[reconstruction_name(view, index)]
             for part in ("partials", "distances", "arrivals"):
                 setattr(level, part, workspace(f"{part}{index}"))
-            for axis, band in (("row", self.row_bands[index]), ("column", self.column_bands[index])):
-                for array in ("first", "weights"):
-                    offset = self._constant_offsets[f"{axis}{index}_{array}"]
-                    setattr(level, f"{axis}_{array}", constants_pointer + offset)
-                setattr(level, f"{axis}_taps", band.weights.shape[1])
             for name in (
                 "channels",
                 "height",
@@ -405,6 +413,19 @@ class AnomalyMapPlan:
                 "first_block",
             ):
                 setattr(level, name, getattr(plan, name))
+        if self.scoring.discriminator_weight is not None:
+            level = params.level[len(self.levels)]
+            level.distances = features[PROBABILITY_NAME]
+            level.height, level.width = self.levels[0].height, self.levels[0].width
+            # No block of the grid is its own.
+            level.first_block = _NO_BLOCK
+        for index, bands in enumerate(zip(self.row_bands, self.column_bands, strict=True)):
+            level = params.level[index]
+            for axis, band in zip(("row", "column"), bands, strict=True):
+                for array in ("first", "weights"):
+                    offset = self._constant_offsets[f"{axis}{index}_{array}"]
+                    setattr(level, f"{axis}_{array}", constants_pointer + offset)
+                setattr(level, f"{axis}_taps", band.weights.shape[1])
         params.map = map_pointer
         params.score = score_pointer
         if self.scoring.rule == "max":
@@ -412,7 +433,7 @@ class AnomalyMapPlan:
             params.arrivals = workspace("map_arrivals")
         else:
             params.histogram = workspace("histogram")
-        params.levels = len(self.levels)
+        params.levels = len(self.row_bands)
         params.map_width, params.map_height = self.size_wh
         params.top_count = top_count(self.size_wh[0] * self.size_wh[1], self.scoring)
         return params
@@ -424,6 +445,8 @@ class AnomalyMapPlan:
             for view in range(VIEWS)
             for name in (target_name, reconstruction_name)
         }
+        if self.scoring.discriminator_weight is not None:
+            expected.add(PROBABILITY_NAME)
         if set(features) != expected:
             raise ValueError(f"expected the features {sorted(expected)}, got {sorted(features)}")
         for name, pointer in features.items():

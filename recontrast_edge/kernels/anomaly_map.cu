@@ -1,6 +1,7 @@
 // From feature pairs to anomaly map and score, reading every feature once.
 //
-//     distance_*  features -> d_l, the cosine distances of each level, both views added
+//     distance_*  features -> d_l, the cosine distances of each level, both views added; a discriminator's probability
+//                 comes from the network and is one more d_l
 //     fold_map    d_l -> map = sum_l R_l d_l C_l^T (upsampling and blur in one banded matrix an axis), and its maximum
 //     top_score   map -> mean of its largest pixels; only for the score rule "top"
 //
@@ -27,6 +28,8 @@ constexpr float kMaxFloat = 3.402823466e+38f;
 constexpr unsigned int kAllLanes = 0xffffffffu;
 constexpr unsigned int kNanKey = 0xffffffffu;
 
+// Distances of a level; or, behind the last of them, what a discriminator in the network found, which is folded alike:
+// `distances` is then the network's output, there are no features, and `first_block` lies behind the grid.
 struct Level {
     const void* target[kViews];  // (N, channels, height, width)
     const void* reconstruction[kViews];

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from recontrast_edge.scoring import (
     INPUT_NAME,
     MAP_NAME,
+    PROBABILITY_NAME,
     SCORE_NAME,
     VIEWS,
     fold_maps,
@@ -28,6 +29,7 @@ from recontrast_edge.scoring import (
     level_distances,
     reconstruction_name,
     target_name,
+    weighted,
 )
 from recontrast_edge.spec import ModelSpec
 from tests.edge.fakes_cuda import FakeDriver
@@ -56,6 +58,9 @@ def features_network(spec: ModelSpec, dtype: type = np.float16) -> Network:
                 bent = target[:, ::-1] * (1 + view) + np.roll(target, 1, axis=3)
                 tensors[target_name(view, index)] = target.astype(dtype)
                 tensors[reconstruction_name(view, index)] = bent.astype(dtype)
+        if spec.scoring.discriminator_weight is not None:
+            shown = pooled(image, spec.levels[0].stride)[:, :1]
+            tensors[PROBABILITY_NAME] = (1 / (1 + np.exp(-shown))).astype(np.float32)
         return tensors
 
     return network
@@ -71,7 +76,9 @@ def judged(spec: ModelSpec, tensors: Mapping[str, NDArray[Any]]) -> tuple[NDArra
         [(tensor(target_name(v, i)), tensor(reconstruction_name(v, i))) for i in range(len(spec.levels))]
         for v in range(VIEWS)
     ]
-    maps = fold_maps(level_distances(pairs), spec.input.size_wh, spec.scoring.blur_sigma)
+    probability = tensor(PROBABILITY_NAME)[:, 0] if PROBABILITY_NAME in tensors else None
+    parts = weighted(level_distances(pairs), spec.scoring, probability)
+    maps = fold_maps(parts, spec.input.size_wh, spec.scoring.blur_sigma)
     return maps.astype(np.float32), image_scores(maps, spec.scoring).astype(np.float32)
 
 

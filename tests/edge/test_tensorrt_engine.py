@@ -25,7 +25,7 @@ from recontrast_edge.errors import InputError, MissingError, ModelError
 from recontrast_edge.kernels import launcher
 from recontrast_edge.plan import Parity, PlanInfo, sidecar_path
 from recontrast_edge.preprocess import preprocess
-from recontrast_edge.scoring import MAP_NAME, SCORE_NAME
+from recontrast_edge.scoring import MAP_NAME, PROBABILITY_NAME, SCORE_NAME
 from recontrast_edge.spec import InputSpec, Level, ModelSpec, Roi, Scoring, Threshold
 from recontrast_edge.user_cache import cache_folder
 from tests.edge.fakes_cuda import ALLOCATIONS, CUresult, FakeDriver, FakePyCuda, install
@@ -324,6 +324,34 @@ def test_the_map_head_needs_no_map_kernel_and_its_map_is_always_read(
     )
     np.testing.assert_allclose(found.maps, maps, atol=1e-4)
     np.testing.assert_allclose(found.scores, scores, atol=1e-4)
+
+
+def with_discriminator() -> ModelSpec:
+    return model().model_copy(update={"scoring": Scoring(blur_sigma=1.0, discriminator_weight=3.0)})
+
+
+def test_a_discriminators_probability_goes_into_the_map(library: FakeTensorRt, open_plan: Open, tmp_path: Path) -> None:
+    """It stays float32 beside features of float16, and its NaN is not lost."""
+    spec = with_discriminator()
+    library.network = network = features_network(spec)
+    library.outputs = network(np.zeros((1, 3, SIZE, SIZE)))
+    engine = open_plan(write_plan(tmp_path, spec))
+    images = [image(0), image(1)]
+    maps, scores = expected(images, spec)
+    found = engine.infer(images)
+    np.testing.assert_allclose(found.maps, maps, atol=2e-4)
+    np.testing.assert_allclose(found.scores, scores, atol=2e-4)
+    assert np.abs(maps - expected(images, model())[0]).max() > 1
+    # A map is read back only where its score asks for it.
+    assert engine.infer(images[:1], maps_above=float(scores[0]) + 1).maps.size == 0
+
+    def broken(batch: NDArray[Any]) -> dict[str, NDArray[Any]]:
+        tensors = network(batch)
+        tensors[PROBABILITY_NAME][:, 0, 2, 3] = np.nan
+        return tensors
+
+    library.network = broken
+    assert np.isnan(engine.infer(images).scores).all()
 
 
 def test_half_precision_input(library: FakeTensorRt, open_plan: Open) -> None:
@@ -671,6 +699,7 @@ def another_model() -> ModelSpec:
         ({"tensor_format": "HWC8"}, model(), "features", "plain NCHW"),
         ({"input_dtype": np.float64}, model(), "features", "'image' of float32 or float16"),
         ({"image_chw": (3, 64, 64)}, model(), "features", r"expected 'image' of \(N, 3, 32, 32\)"),
+        ({}, with_discriminator(), "features", r"expected tensors \['defect_probability', "),
     ],
 )
 def test_an_engine_that_does_not_fit_its_spec_is_refused(

@@ -104,9 +104,12 @@ def test_every_network_is_built_in_every_precision(
     check_built(models(backbone, head), head, precision, good, library)
 
 
+@pytest.mark.parametrize("head", ["features", "map"])
 @pytest.mark.parametrize("precision", ["fp16", "int8"])
-def test_a_network_with_a_discriminator_is_built(precision: Any, models: Any, good: Path, library: Library) -> None:
-    check_built(models("efficientnet_lite0+discriminator", "map"), "map", precision, good, library)
+def test_a_network_with_a_discriminator_is_built(
+    precision: Any, head: str, models: Any, good: Path, library: Library
+) -> None:
+    check_built(models("efficientnet_lite0+discriminator", head), head, precision, good, library)
 
 
 def test_less_precision_takes_less_room(models: Any, good: Path, library: Library) -> None:
@@ -154,7 +157,7 @@ def check_types(layers: list[dict[str, Any]], precision: str, head: str) -> None
     by_layer: dict[str, Counter[str]] = {}
     for layer in layers:
         # Computed in float32, from logits of the network's type.
-        if layer["name"] != "discriminator/probability":
+        if layer["name"] != "defect_probability":
             by_layer.setdefault(layer["type"], Counter()).update(tensor["dtype"] for tensor in layer["outputs"])
     network_type = "FLOAT" if precision == "fp32" else "HALF"
     for kind in (*CONVOLUTIONS, "ACTIVATION", "POOLING"):
@@ -162,7 +165,10 @@ def check_types(layers: list[dict[str, Any]], precision: str, head: str) -> None
     # Shapes are INT64; scales of Q/DQ may be constants of any type.
     computed = {tensor["dtype"] for layer in layers if layer["type"] != "CONSTANT" for tensor in layer["outputs"]}
     expected = {"INT64", network_type} | ({"INT8"} if precision == "int8" else set())
-    assert computed == expected | ({"FLOAT"} if head == "map" else set())
+    has_discriminator = "defect_probability" in types
+    assert computed == expected | ({"FLOAT"} if head == "map" or has_discriminator else set())
+    if has_discriminator:
+        assert types["defect_probability"] == "FLOAT"
     features = {name: dtype for name, dtype in types.items() if name.startswith(("target", "reconstruction"))}
     names = {name for name in features if name.count("_") == 1 and "/" not in name}
     assert len(names) == 12

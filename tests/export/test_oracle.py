@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from recontrast_edge.engines import open_engine
-from recontrast_edge.errors import UsageError
 from recontrast_edge.frame import EndOfStream
 from recontrast_edge.images import read_image
 from recontrast_edge.preprocess import preprocess
@@ -96,5 +95,9 @@ def test_weights_and_discriminator(
     np.testing.assert_allclose(found.maps, expected, atol=5e-4)
     np.testing.assert_allclose(TorchScorer(*load_run(tmp_path / "run"))([image]).maps, expected, atol=5e-4)
     assert np.ptp(parts[-1]) > 0.1
-    with pytest.raises(UsageError, match="--head map"):
-        export_onnx(tmp_path / "run", tmp_path / "features.onnx", head="features", images=[data_folder])
+    # The same where the engine, and not the graph, folds the map.
+    export_onnx(tmp_path / "run", tmp_path / "features.onnx", head="features", images=[data_folder])
+    with open_engine(tmp_path / "features.onnx") as engine:
+        found = engine.infer([image])
+    np.testing.assert_allclose(found.maps, expected, atol=5e-4)
+    np.testing.assert_allclose(found.scores, image_scores(expected, spec.scoring), atol=5e-4)

@@ -141,7 +141,7 @@ def test_synthetic_images_cover_the_roi_and_say_what_they_are() -> None:
 
 def test_the_gate_needs_no_torch() -> None:
     code = (
-        "import sys; import recontrast_export.parity, recontrast_export.graph, recontrast_export.map_head; "
+        "import sys; import recontrast_export.parity, recontrast_export.graph, recontrast_export.heads; "
         "sys.exit(bool({'torch', 'recontrast_train'} & set(sys.modules)))"
     )
     env = {"PYTHONPATH": ":".join(entry for entry in sys.path if entry)}

@@ -98,6 +98,7 @@ def node_types(model: Any, *operators: str) -> Counter[int]:
         ("efficientnet_lite0", "features"),
         ("resnet18", "map"),
         ("efficientnet_lite0+discriminator", "map"),
+        ("efficientnet_lite0+discriminator", "features"),
     ],
 )
 @pytest.mark.parametrize("precision", ["fp16", "int8"])
@@ -124,11 +125,12 @@ def test_fp16_networks_compute_in_float16_and_their_maps_in_float32(converted: A
     assert node_types(model, "Cast")[FLOAT16] == 1
 
 
+@pytest.mark.parametrize("head", ["map", "features"])
 @pytest.mark.parametrize("precision", ["fp16", "int8"])
 def test_discriminators_convolve_in_float16_or_int8_what_was_computed_in_float32(
-    precision: str, converted: Any
+    precision: str, head: str, converted: Any
 ) -> None:
-    model = converted("efficientnet_lite0+discriminator", "map", precision)
+    model = converted("efficientnet_lite0+discriminator", head, precision)
     types = value_types(model)
     convolutions = [
         node for node in model.graph.node if node.name.startswith("discriminator/") and "Conv" in node.op_type
@@ -136,7 +138,7 @@ def test_discriminators_convolve_in_float16_or_int8_what_was_computed_in_float32
     assert len(convolutions) == 9
     assert {types[node.output[0]] for node in convolutions} == {FLOAT16}
     assert {types[f"distance{level}/summands"] for level in range(3)} == {FLOAT}
-    assert types["discriminator/probability"] == FLOAT
+    assert types["defect_probability"] == FLOAT
     producers = {name: node.op_type for node in model.graph.node for name in node.output}
     rounded = [node.name for node in convolutions if producers[node.input[0]] == "DequantizeLinear"]
     assert len(rounded) == (8 if precision == "int8" else 0)

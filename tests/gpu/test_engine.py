@@ -25,15 +25,15 @@ from recontrast_edge.engines.tensorrt_slot import GPU_STAGES
 from recontrast_edge.errors import RecontrastError
 from recontrast_edge.onnxfile import SPEC_KEY, replace_metadata
 from recontrast_edge.plan import read_sidecar
-from recontrast_edge.scoring import INPUT_NAME, VIEWS, reconstruction_name, target_name
-from recontrast_edge.spec import InputSpec, Level, ModelSpec
+from recontrast_edge.scoring import INPUT_NAME, PROBABILITY_NAME, VIEWS, reconstruction_name, target_name
+from recontrast_edge.spec import InputSpec, Level, ModelSpec, Scoring
 from recontrast_edge.user_cache import cache_folder
 
 SIZE = 64
 STRIDES = (4, 8, 16)
 
 
-def small_features_model(path: Path) -> Path:
+def small_features_model(path: Path, *, discriminator: bool = False) -> Path:
     """A ``features`` graph of poolings: next to no work, so that only the runtime is tested."""
     onnx = pytest.importorskip("onnx", reason="the onnx package builds this model")
     helper, float32 = onnx.helper, onnx.TensorProto.FLOAT
@@ -53,6 +53,12 @@ def small_features_model(path: Path) -> Path:
             nodes.append(helper.make_node("Add", [f"scaled{view}_{index}", "shift"], [reconstruction]))
             shape = ["N", 3, SIZE // stride, SIZE // stride]
             outputs += [helper.make_tensor_value_info(name, float32, shape) for name in (target, reconstruction)]
+    if discriminator:
+        # Of the features' mean; computed in float32 in every precision, as what a discriminator gives is.
+        nodes.append(helper.make_node("ReduceMean", [target_name(0, 0)], ["brightness"], axes=[1], keepdims=1))
+        nodes.append(helper.make_node("Sigmoid", ["brightness"], [PROBABILITY_NAME]))
+        shape = ["N", 1, SIZE // STRIDES[0], SIZE // STRIDES[0]]
+        outputs.append(helper.make_tensor_value_info(PROBABILITY_NAME, float32, shape))
     image = helper.make_tensor_value_info(INPUT_NAME, float32, ["N", 3, SIZE, SIZE])
     graph = helper.make_graph(nodes, "small", [image], outputs, constants)
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
@@ -61,6 +67,7 @@ def small_features_model(path: Path) -> Path:
         backbone="none",
         input=InputSpec(size_wh=(SIZE, SIZE), resize_wh=(SIZE, SIZE), mean=(0.4, 0.4, 0.4), std=(0.2, 0.2, 0.2)),
         levels=tuple(Level(stride=stride, channels=3) for stride in STRIDES),
+        scoring=Scoring(discriminator_weight=4.0 if discriminator else None),
         weights_sha256="0" * 64,
     )
     replace_metadata(path, {SPEC_KEY: spec.dumps()})
@@ -73,12 +80,14 @@ def plans(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     if given:
         return [Path(name) for name in given.split(":")]
     build = pytest.importorskip("recontrast_export.build", reason="the export package builds plans")
-    model = small_features_model(tmp_path_factory.mktemp("plan") / "small.onnx")
+    folder = tmp_path_factory.mktemp("plan")
     built = []
     try:
-        for precision in ("fp32", "fp16"):
-            built.append(model.with_name(f"small.{precision}.plan"))
-            build.build_engine(model, built[-1], precision=precision, batch=(1, 1, 4))
+        for discriminator in (False, True):
+            model = small_features_model(folder / f"small{discriminator:d}.onnx", discriminator=discriminator)
+            for precision in ("fp32", "fp16"):
+                built.append(model.with_suffix(f".{precision}.plan"))
+                build.build_engine(model, built[-1], precision=precision, batch=(1, 1, 4))
     except RecontrastError as error:
         pytest.skip(f"no plan can be built here: {error}")
     return built

@@ -32,6 +32,7 @@ from tests.kernels.test_anomaly_map import (  # noqa: F401 - collected here as t
     test_the_documented_range_of_fp32,
     test_the_largest_fp16_value_everywhere_does_not_overflow,
     test_top_of_a_map_full_of_ties,
+    test_what_a_discriminator_found_is_one_more_level,
     test_what_cannot_be_compared_reaches_the_score,
     test_zero_vectors_have_distance_one,
 )

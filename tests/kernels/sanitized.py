@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from recontrast_edge.kernels import AnomalyMapPlan, PreprocessPlan
-from recontrast_edge.scoring import VIEWS, reconstruction_name, target_name
+from recontrast_edge.scoring import PROBABILITY_NAME, VIEWS, reconstruction_name, target_name
 from recontrast_edge.spec import InputSpec, Roi, Scoring
 from tests.kernels.host import Host
 
@@ -38,6 +38,7 @@ def anomaly_map(host: Host, scoring: Scoring) -> None:
         for index, chw in enumerate(levels_chw)
         for name in (target_name, reconstruction_name)
     }
+    features[PROBABILITY_NAME] = rng.uniform(size=(1, 1, *levels_chw[0][1:])).astype(np.float32)
     _, scores = host.anomaly_map(features, plan)
     assert np.isfinite(scores).all()
 
@@ -58,8 +59,10 @@ def nv12(host: Host) -> None:
 
 
 CASES: dict[str, Callable[[Host], None]] = {
-    "max": lambda host: anomaly_map(host, Scoring(blur_sigma=1.0)),
-    "top": lambda host: anomaly_map(host, Scoring(blur_sigma=1.0, rule="top", top_fraction=0.1)),
+    "max": lambda host: anomaly_map(host, Scoring(blur_sigma=1.0, discriminator_weight=2.0)),
+    "top": lambda host: anomaly_map(
+        host, Scoring(blur_sigma=1.0, discriminator_weight=2.0, rule="top", top_fraction=0.1)
+    ),
     "packed": packed,
     "nv12": nv12,
 }

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from recontrast_edge.kernels import AnomalyMapPlan
 from recontrast_edge.scoring import (
+    PROBABILITY_NAME,
     VIEWS,
     fold_maps,
     image_scores,
@@ -36,8 +37,13 @@ LEVELS: LevelsChw = [(40, 12, 12), (72, 6, 6), (129, 3, 3)]
 SIZE_WH = (48, 48)
 
 
-def make_features(levels_chw: LevelsChw, batch: int, dtype: type, *, seed: int = 0, scale: float = 1.0) -> Features:
-    """Reconstructions that are close at some pixels and far off at others, as a trained model's are."""
+def make_features(
+    levels_chw: LevelsChw, batch: int, dtype: type, *, seed: int = 0, scale: float = 1.0, probability: bool = False
+) -> Features:
+    """Reconstructions that are close at some pixels and far off at others, as a trained model's are.
+
+    With ``probability`` also what a discriminator gives.
+    """
     rng = np.random.default_rng(seed)
     features: Features = {}
     for view in range(VIEWS):
@@ -46,6 +52,8 @@ def make_features(levels_chw: LevelsChw, batch: int, dtype: type, *, seed: int =
             noise = rng.standard_normal(target.shape) * rng.uniform(0.0, 2.0, (batch, 1, *chw[1:]))
             features[target_name(view, index)] = (scale * target).astype(dtype)
             features[reconstruction_name(view, index)] = (scale * (target + noise)).astype(dtype)
+    if probability:
+        features[PROBABILITY_NAME] = rng.uniform(size=(batch, 1, *levels_chw[0][1:])).astype(np.float32)
     return features
 
 
@@ -61,7 +69,8 @@ def oracle(features: Features, size_wh: tuple[int, int], scoring: Scoring) -> ND
         ]
         for view in range(VIEWS)
     ]
-    return fold_maps(weighted(level_distances(pairs), scoring), size_wh, scoring.blur_sigma)
+    probability = features[PROBABILITY_NAME][:, 0].astype(np.float64) if PROBABILITY_NAME in features else None
+    return fold_maps(weighted(level_distances(pairs), scoring, probability), size_wh, scoring.blur_sigma)
 
 
 def make_plan(features: Features, size_wh: tuple[int, int] = SIZE_WH, **changes: Any) -> AnomalyMapPlan:
@@ -88,9 +97,13 @@ def test_map_and_score_equal_the_oracle(host: Host, data: st.DataObject) -> None
         blur_sigma=data.draw(st.sampled_from([0.0, 0.7, 4.0, 20.0]), "sigma"),
         rule=data.draw(st.sampled_from(["max", "top"]), "rule"),
         top_fraction=data.draw(st.sampled_from([0.01, 0.3, 0.999]), "top_fraction"),
+        discriminator_weight=data.draw(st.sampled_from([None, 1.0]), "discriminator_weight"),
     )
     batch = data.draw(st.integers(1, 3), "batch")
-    features = make_features(levels_chw, batch, dtype, seed=data.draw(st.integers(0, 99), "seed"))
+    has_probability = scoring.discriminator_weight is not None
+    features = make_features(
+        levels_chw, batch, dtype, seed=data.draw(st.integers(0, 99), "seed"), probability=has_probability
+    )
     plan = make_plan(
         features,
         size_wh,
@@ -110,6 +123,20 @@ def test_levels_count_by_their_weights(host: Host) -> None:
     maps, _ = host.anomaly_map(features, make_plan(features, scoring=scoring))
     assert np.abs(maps - oracle(features, SIZE_WH, scoring)).max() <= 2.5 * TIGHT
     assert np.abs(maps - oracle(features, SIZE_WH, Scoring())).max() > 0.1
+
+
+@pytest.mark.parametrize("weights", [None, (0.0, 2.5, 0.4)])
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+def test_what_a_discriminator_found_is_one_more_level(host: Host, dtype: type, weights: Any) -> None:
+    features = make_features(LEVELS, 3, dtype, probability=True)
+    scoring = Scoring(level_weights=weights, discriminator_weight=12.0)
+    plan = make_plan(features, scoring=scoring)
+    maps, scores = host.anomaly_map(features, plan, before=[make_features(LEVELS, 3, dtype, seed=1, probability=True)])
+    assert np.abs(maps - oracle(features, SIZE_WH, scoring)).max() <= 12 * TIGHT
+    np.testing.assert_array_equal(scores, maps.max(axis=(1, 2)))
+    features[PROBABILITY_NAME][1, 0, 5, 7] = np.nan
+    maps, scores = host.anomaly_map(features, plan)
+    np.testing.assert_array_equal(np.isnan(scores), [False, True, False])
 
 
 @pytest.mark.parametrize("rule", ["max", "top"])

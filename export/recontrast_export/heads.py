@@ -1,7 +1,8 @@
-"""The anomaly map and score of a ``map`` graph, in standard ONNX operators: ``scoring`` written as nodes.
+"""What a graph ends with, in standard ONNX operators: anomaly map and score (``scoring`` as nodes), or the features.
 
     add_map_head(graph, pairs, spec)
     add_map_head(graph, pairs, spec, discriminate=lambda levels: add_discriminator(graph, discriminator, levels))
+    add_feature_head(graph, pairs, spec)
 
 Upsampling and blur are the folded matrices of ``resample.fold_matrix``, so the graph needs no Resize and no padding.
 """
@@ -13,12 +14,24 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from recontrast_edge.resample import fold_matrix
-from recontrast_edge.scoring import EPS, MAP_NAME, SCORE_NAME, VIEWS, level_weights, top_count
+from recontrast_edge.scoring import EPS, MAP_NAME, SCORE_NAME, VIEWS, feature_shapes, level_weights, top_count
 from recontrast_edge.spec import ModelSpec, Scoring
 from recontrast_export.graph import Graph, Pairs
 
 Discriminate = Callable[[Sequence[str]], str]
 """Names of the levels' agreements, (N, 2 * C_l, h_l, w_l) -> name of the probability of a defect, (N, 1, h_0, w_0)."""
+
+
+def add_feature_head(graph: Graph, pairs: Pairs, spec: ModelSpec, discriminate: Discriminate | None = None) -> None:
+    """Declare the feature pairs as outputs and, with a discriminator, ``defect_probability``.
+
+    Args:
+        graph, pairs, spec, discriminate: as for ``add_map_head``.
+    """
+    if discriminate is not None:
+        discriminate([_Cosine(graph, pairs, index).summands(level.channels) for index, level in enumerate(spec.levels)])
+    for name, shape in feature_shapes(spec).items():
+        graph.output(name, ["N", *shape])
 
 
 def add_map_head(graph: Graph, pairs: Pairs, spec: ModelSpec, discriminate: Discriminate | None = None) -> None:

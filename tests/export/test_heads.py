@@ -12,7 +12,7 @@ onnx = pytest.importorskip("onnx", reason="needs the export extra")
 onnxruntime = pytest.importorskip("onnxruntime")
 
 from recontrast_export.graph import OPSETS, Graph  # noqa: E402
-from recontrast_export.map_head import add_map_head  # noqa: E402
+from recontrast_export.heads import add_map_head  # noqa: E402
 
 CHANNELS = (5, 7, 3)
 
