@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import sys
+import time
+import weakref
 from pathlib import Path
 
 import torch
@@ -16,7 +18,7 @@ from recontrast_edge.errors import RecontrastError
 from recontrast_edge.spec import InputSpec
 from recontrast_train.campaign import CATEGORIES_FILE, train_all
 from recontrast_train.data import GoodImages
-from recontrast_train.distributed import process_group, rank
+from recontrast_train.distributed import mean_over_ranks, process_group, rank
 from recontrast_train.fit import fit
 from recontrast_train.model import ReContrast
 from recontrast_train.recipe import Recipe
@@ -69,6 +71,13 @@ def recipes(good: Path, out: Path) -> None:
         except RecontrastError as error:
             (out / f"indivisible-{rank()}").write_text(f"{type(error).__name__}: {error}")
         (out / f"threads-during-{rank()}").write_text(str(gloo_threads()))
+        values = torch.ones(3)
+        held = weakref.ref(values)
+        mean_over_ranks(values)
+        del values
+        # Gloo's thread has let go of it by then.
+        time.sleep(0.5)
+        (out / f"held-{rank()}").write_text(str(held() is not None))
 
 
 def damaged(good: Path, out: Path) -> None:

@@ -98,6 +98,11 @@ def test_no_thread_of_gloo_is_left(together: Path) -> None:
         assert after == dict.fromkeys(ranks.JOBS, "0")
 
 
+def test_gloos_threads_are_not_the_last_to_hold_a_tensor(together: Path) -> None:
+    """They would wait for Python to free it, while Python waits for them to end."""
+    assert [(together / f"held-{number}").read_text() for number in range(2)] == ["True", "True"]
+
+
 def test_no_process_ends_before_the_table_is_written(together: Path) -> None:
     """With a category that failed, it would end with an error, and torchrun the evaluation with it."""
     tables = [json.loads((together / f"categories-{number}").read_text()) for number in range(2)]

@@ -13,6 +13,7 @@ import gc
 import importlib
 import os
 import traceback
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -106,9 +107,10 @@ def process_group(device: torch.device) -> Iterator[None]:
         torch.cuda.set_device(device)
         # Decisions go over gloo, because exchanging them over NCCL would wait for the GPU in every iteration.
         backend = "cpu:gloo,cuda:nccl"
-    # Gloo's threads live as long as anything holds the group. One that frees a tensor while the interpreter ends aborts
-    # the process, after a training that went well; so nothing may hold it by then. This module would for ever, in the
-    # defaults of its functions, were it imported for the first time (by DistributedDataParallel) after the next line.
+    # Gloo's threads live as long as anything holds the group. One that frees a tensor of Python's while the interpreter
+    # ends aborts the process, after a training that went well; so they must end before. This module would hold the
+    # group for ever, in the defaults of its functions, were it imported first after the next line, as
+    # DistributedDataParallel does.
     importlib.import_module("torch.distributed.nn")
     distributed.init_process_group(backend, timeout=TIMEOUT)
     try:
@@ -120,6 +122,7 @@ def process_group(device: torch.device) -> Iterator[None]:
         distributed.destroy_process_group()
         # A DistributedDataParallel is part of reference cycles.
         gc.collect()
+        _recent_works.clear()
 
 
 def _clear_frames(error: BaseException) -> None:
@@ -130,12 +133,24 @@ def _clear_frames(error: BaseException) -> None:
         chain = chain.__cause__ or chain.__context__
 
 
+_recent_works: deque[Any] = deque(maxlen=256)
+"""Of the last collectives, so that gloo's threads are never the last to let go of one: they would free its tensors, for
+which they wait for Python, while Python waits for them to end."""
+
+
+def _all_reduce(values: Tensor, operation: Any = None) -> None:
+    """Reduce over the processes, in place; the sum unless said otherwise."""
+    work = distributed.all_reduce(values, operation or distributed.ReduceOp.SUM, async_op=True)
+    _recent_works.append(work)
+    work.wait()
+
+
 def any_rank(*flags: bool) -> list[bool]:
     """For each flag, whether it is set in any process. All processes must call this together."""
     if not _together():
         return list(flags)
     values = torch.tensor(flags, dtype=torch.uint8)
-    distributed.all_reduce(values, distributed.ReduceOp.MAX)
+    _all_reduce(values, distributed.ReduceOp.MAX)
     return [bool(value) for value in values.tolist()]
 
 
@@ -144,7 +159,7 @@ def same_on_all_ranks(value: int) -> bool:
     if not _together():
         return True
     limits = torch.tensor([value, -value])
-    distributed.all_reduce(limits, distributed.ReduceOp.MAX)
+    _all_reduce(limits, distributed.ReduceOp.MAX)
     return bool(limits.sum() == 0)
 
 
@@ -169,7 +184,7 @@ def mean_over_ranks(values: Tensor) -> Tensor:
     if not _together():
         return values
     values = values.cpu()
-    distributed.all_reduce(values)
+    _all_reduce(values)
     return values / world_size()
 
 
@@ -179,7 +194,7 @@ def mean_and_std(values: Tensor) -> tuple[Tensor, Tensor]:
         return values.mean(), values.std()
     wide = values.double()
     moments = torch.stack([wide.mean(), wide.square().mean()])
-    distributed.all_reduce(moments)
+    _all_reduce(moments)
     mean, square = moments / world_size()
     count = values.numel() * world_size()
     variance = (square - mean.square()).clamp_min(0) * (count / (count - 1))
@@ -208,13 +223,13 @@ class _Sum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, values: Tensor) -> Tensor:
         total = values.clone()
-        distributed.all_reduce(total)
+        _all_reduce(total)
         return total
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         total = gradient.clone()
-        distributed.all_reduce(total)
+        _all_reduce(total)
         return total
 
 
