@@ -69,8 +69,8 @@ def test_live_keeps_up_with_a_camera_that_is_three_times_too_fast(engine, durati
     ages_s = [judgement.latency_ms["wait"] / 1e3 for judgement in sink.taken]
     report = {"frames": statistics.captured, "judged": statistics.judged, "dropped": statistics.dropped}
     print(json.dumps({**report, "p99_age_s": float(np.percentile(ages_s, 99)), "p99_period_s": period_s}))
-    # Of the short run's 33 frames, a single late one would be the 99th percentile.
-    assert np.percentile(ages_s, 99 if duration_s > 5.0 else 90) <= 2 * period_s
+    # One in a hundred may be late; of the short run's 33, one.
+    assert sum(age_s > 2 * period_s for age_s in ages_s) <= max(1, len(ages_s) // 100)
     # In the last third as in the first: nothing piles up.
     third = len(ages_s) // 3
     assert np.median(ages_s[-third:]) <= np.median(ages_s[:third]) + period_s
