@@ -68,7 +68,8 @@ def export_onnx(
     Args:
         run: folder that ``recontrast-edge train`` wrote.
         out: ``.onnx`` file to write; replaced if it exists, unless the gate refuses.
-        head: ``map`` ends at anomaly map and score, ``features`` at the pairs of feature maps.
+        head: ``map`` ends at anomaly map and score, ``features`` at the pairs of feature maps and
+            what a discriminator finds.
         images: what to compare on, see ``parity.read_images``; none for the run's own held-out images or, where it
             has none, synthetic ones.
         storage: how weights are stored in the file; the computation is float32 with both.

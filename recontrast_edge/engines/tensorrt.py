@@ -325,9 +325,11 @@ class _TensorCheck:
         """Raises ModelError where they do not fit."""
         info, engine = self._info, self._engine
         width, height = info.spec.input.size_wh
-        outputs: dict[str, tuple[int, ...]] = {MAP_NAME: (1, height, width), SCORE_NAME: ()}
-        if info.head == "features":
-            outputs = dict(feature_shapes(info.spec))
+        outputs: dict[str, tuple[int, ...]]
+        if info.head == "map":
+            outputs = {MAP_NAME: (1, height, width), SCORE_NAME: ()}
+        else:
+            outputs = {**feature_shapes(info.spec)}
         expected = {INPUT_NAME: (3, height, width), **outputs}
         names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
         if set(names) != set(expected):

@@ -354,6 +354,13 @@ def test_a_discriminators_probability_goes_into_the_map(library: FakeTensorRt, o
     assert np.isnan(engine.infer(images).scores).all()
 
 
+def test_a_probability_of_another_type_is_refused(library: FakeTensorRt, open_plan: Open, tmp_path: Path) -> None:
+    library.outputs = features_network(with_discriminator())(np.zeros((1, 3, SIZE, SIZE)))
+    library.outputs[PROBABILITY_NAME] = library.outputs[PROBABILITY_NAME].astype(np.float16)
+    with pytest.raises(ModelError, match=r"expected float32 results, .*'defect_probability': 'float16'"):
+        open_plan(write_plan(tmp_path, with_discriminator()))
+
+
 def test_half_precision_input(library: FakeTensorRt, open_plan: Open) -> None:
     library.input_dtype = np.float16
     found = open_plan().infer([image(0)])

@@ -186,6 +186,9 @@ def test_impossible_arguments_are_refused(changes: dict[str, Any]) -> None:
 def test_models_beyond_the_kernel_are_refused_with_the_way_out() -> None:
     with pytest.raises(ModelError, match="--head map"):
         plan([(1, 4, 4)] * 9, size_wh=(4, 4))
+    plan([(1, 1, 1)] * kernels.MAX_LEVELS)
+    with pytest.raises(ModelError, match="this model has 9"):
+        plan([(1, 1, 1)] * kernels.MAX_LEVELS, scoring=Scoring(discriminator_weight=1.0))
     with pytest.raises(ModelError, match="shared memory"):
         plan([(1, 512, 512)] * 4, size_wh=(512, 512), scoring=Scoring(blur_sigma=64.0))
 
@@ -212,6 +215,14 @@ def test_wrong_pointers_are_refused(changes: dict[str, Any], message: str) -> No
     } | changes
     with pytest.raises(ValueError, match=message):
         plan().params(options.pop("features"), **options)
+
+
+def test_a_discriminators_probability_must_be_there() -> None:
+    made = plan(scoring=Scoring(discriminator_weight=1.0))
+    addresses = dict.fromkeys(("map_pointer", "score_pointer", "workspace_pointer", "constants_pointer"), 4096)
+    with pytest.raises(ValueError, match="defect_probability"):
+        made.params(pointers(3), **addresses)
+    made.params({**pointers(3), "defect_probability": 4096}, **addresses)
 
 
 @pytest.mark.parametrize(
