@@ -69,9 +69,10 @@ $(DEMO_VENV)/installed: $(SOURCES)
 	@touch $@
 
 # The tests run against the checkout, so only new dependencies install anything. The kernels' tests build what they need.
-$(TEST_VENV)/installed: pyproject.toml
+$(TEST_VENV)/installed: pyproject.toml tests/install_gpu_packages.sh
 	$(call venv,$(TEST_VENV))
 	CMAKE_ARGS=-DRECONTRAST_CUDA=OFF $(TEST_VENV)/bin/python -m pip install '$(TORCH_SPEC)' --editable '.[train,export,dev]'
+	tests/install_gpu_packages.sh $(TEST_VENV)
 	@touch $@
 
 define venv

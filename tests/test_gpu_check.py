@@ -20,7 +20,8 @@ from typing import Any
 
 import pytest
 
-SCRIPT = Path(__file__).parent.parent / "benchmarks" / "gpu_check.sh"
+ROOT = Path(__file__).parent.parent
+SCRIPT = ROOT / "benchmarks" / "gpu_check.sh"
 BASH = shutil.which("bash")
 SHELLCHECK = shutil.which("shellcheck")
 
@@ -115,7 +116,8 @@ def check(tmp_path: Path) -> Any:
 @pytest.mark.skipif(SHELLCHECK is None, reason="needs shellcheck")
 def test_shellcheck_finds_nothing() -> None:
     assert SHELLCHECK is not None
-    done = subprocess.run([SHELLCHECK, str(SCRIPT)], capture_output=True, text=True)
+    scripts = [SCRIPT, ROOT / "tests/install_gpu_packages.sh", ROOT / ".ci/run"]
+    done = subprocess.run([SHELLCHECK, *map(str, scripts)], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
 
 

@@ -30,7 +30,7 @@ from recontrast_edge.errors import MissingError, ModelError, UsageError
 from recontrast_edge.plan import FLAVOR_MODULES, Flavor
 from recontrast_edge.scoring import INPUT_NAME
 
-OLDEST: dict[Flavor, tuple[int, int]] = {"tensorrt": (10, 3), "tensorrt-rtx": (1, 1)}
+OLDEST: dict[Flavor, tuple[int, int]] = {"tensorrt": (10, 3), "tensorrt-rtx": (1, 4)}
 """The oldest version that is used."""
 
 
@@ -183,10 +183,19 @@ class Library:
             model: the serialised model, with all weights inside.
 
         Raises:
-            ModelError: the parser does not take it; names node and operator.
+            ModelError: the library does not start, or the parser does not take the model; names node and operator.
         """
         trt = self.trt
-        builder = trt.Builder(self.logger)
+        self.logger.errors.clear()
+        try:
+            builder = trt.Builder(self.logger)
+        except TypeError:
+            # What the library's Python layer makes of a builder that it could not create.
+            reason = f" ({'; '.join(self.logger.errors[-3:])})" if self.logger.errors else ""
+            raise ModelError(
+                f"{self.flavor} {self.version} does not start{reason}; most likely the NVIDIA driver is missing or too "
+                "old for it, see `recontrast-edge doctor`"
+            ) from None
         strongly_typed = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
         definition = builder.create_network(0 if strongly_typed is None else 1 << int(strongly_typed))
         parser = trt.OnnxParser(definition, self.logger)

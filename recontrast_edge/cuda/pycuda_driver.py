@@ -6,6 +6,7 @@ open_device(context=pycuda.autoprimaryctx.context, binding="pycuda")
 from __future__ import annotations
 
 import ctypes
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -23,6 +24,7 @@ class PyCuda:
 
     PyCUDA checks every return code itself and raises; those errors become CudaError here. Its objects free themselves
     when the last reference goes, some only so: then a context that is not current or gone costs a warning and a leak.
+    The GPU's primary context it gives back only in the thread that opened the device; in another one it stays.
 
     Raises:
         MissingError: the package, the driver or the GPU is missing.
@@ -51,6 +53,7 @@ class PyCuda:
         if self._owned:
             if not 0 <= ordinal < count:
                 raise MissingError(f"expected GPU {ordinal}, this machine has {count} (numbered from 0)")
+            self._thread = threading.get_ident()
             with self._checked("cuDevicePrimaryCtxRetain"):
                 self._context = driver.Device(ordinal).retain_primary_context()
         elif hasattr(context, "push"):
@@ -76,9 +79,14 @@ class PyCuda:
             self._driver.Context.pop()
 
     def release(self) -> None:
-        if self._owned:
-            with self._checked("cuDevicePrimaryCtxRelease"):
-                self._context.detach()
+        if not self._owned:
+            return
+        with self._checked("cuDevicePrimaryCtxRelease"):
+            self._context.detach()
+        if threading.get_ident() == self._thread:
+            # PyCUDA makes a context current to give it back. Others are popped by that, but primary ones are not: the
+            # thread would be left with a context that is gone.
+            ctypes.CDLL("libcuda.so.1").cuCtxPopCurrent_v2(ctypes.byref(ctypes.c_void_p()))
 
     def facts(self) -> tuple[str, tuple[int, int], int]:
         with self._checked("cuDeviceGetAttribute"):

@@ -49,8 +49,7 @@ class ExecutionContexts:
             # By default better kernels are swapped in while frames run: then a frame's score could change from one
             # minute to the next, and a captured graph would keep the slow ones for ever.
             self._setup.dynamic_shapes_kernel_specialization_strategy = strategies.EAGER
-            if hasattr(self._setup, "create_runtime_cache"):
-                self._kernels = CompiledKernels(self._setup, key)
+            self._kernels = CompiledKernels(self._setup, key)
 
     @property
     def scratch_bytes(self) -> int:

@@ -5,8 +5,8 @@
 Work is only queued until somebody waits, as on a GPU: whoever reads a result too early reads NaN. Fresh memory is full
 of NaN. What is copied, cleared or handed to a kernel must be memory of the right kind that still lives when the work is
 done, contexts are current for a thread, and a capture is spoilt by whatever could make a real driver wait or allocate.
-``FakeDriver`` has the functions of ``cuda.bindings.driver`` that the project calls; ``FakePyCuda`` is ``pycuda.driver``
-on top of one, and ``tests.edge.libcuda`` puts one below the real package.
+``FakeDriver`` has the functions of ``cuda.bindings.driver`` that the project and PyCUDA call; ``tests.edge.libcuda``
+puts one below the real packages.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import IntEnum
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -55,6 +54,7 @@ class CUdevice_attribute(IntEnum):  # noqa: N801
 
 
 class CUstream_flags(IntEnum):  # noqa: N801
+    CU_STREAM_DEFAULT = 0
     CU_STREAM_NON_BLOCKING = 1
 
 
@@ -143,6 +143,7 @@ class FakeDriver:
         self.compute_capability = compute_capability
         self.is_alone = True
         self.images: list[bytes] = []
+        self.stream_flags: list[CUstream_flags] = []
         self._contexts = threading.local()
         self._lost = CUresult.CUDA_SUCCESS
         self._host = host
@@ -261,6 +262,16 @@ class FakeDriver:
     def cuDevicePrimaryCtxRelease(self, device: int) -> None:  # noqa: N802
         self._drop(next(handle for handle, kind in self.live.items() if kind == "context"), "context")
 
+    def cuCtxCreate(self, parameters: int, flags: int, device: int) -> int:  # noqa: N802
+        assert parameters == 0
+        context = self._make("context")
+        self.current.append(context)
+        return context
+
+    def cuCtxDetach(self, context: int) -> None:  # noqa: N802
+        assert self.current.pop() == context
+        self._drop(context, "context")
+
     def cuCtxPushCurrent(self, context: int) -> None:  # noqa: N802
         self.current.append(context)
 
@@ -313,7 +324,7 @@ class FakeDriver:
         del self._memory[pointer]
 
     def cuStreamCreate(self, flags: int) -> int:  # noqa: N802
-        CUstream_flags(flags)
+        self.stream_flags.append(CUstream_flags(flags))
         stream = self._make("stream")
         self._queues[stream] = []
         return stream
@@ -393,10 +404,7 @@ class FakeDriver:
     def cuLaunchKernel(  # noqa: N802
         self, function: int, gx: int, gy: int, gz: int, bx: int, by: int, bz: int, shared: int, stream: int, *rest: int
     ) -> CUresult | None:
-        arguments, extra = rest
-        assert extra == 0
-        address = ctypes.c_void_p.from_address(arguments).value
-        assert address is not None
+        address = _argument(*rest)
         module, name = self._functions[function]
         assert self.live.get(module) == "module", f"{name} of a module that was unloaded"
         capture = self._captures.get(stream)
@@ -464,6 +472,18 @@ class _Capture:
         self.spoilt = False
 
 
+def _argument(arguments: int, extra: int) -> int:
+    """Where a kernel's only argument lies: the first of ``arguments``, or, as PyCUDA does, the whole of a buffer."""
+    if arguments:
+        assert extra == 0
+        address = ctypes.c_void_p.from_address(arguments).value
+    else:
+        pointer, address, size, _, end = (ctypes.c_void_p * 5).from_address(extra)
+        assert (pointer, size, end) == (1, 2, None), "CU_LAUNCH_PARAM_BUFFER_POINTER, _BUFFER_SIZE, _END"
+    assert address is not None
+    return address
+
+
 def _pointers(params: ctypes.Structure | ctypes.Array[Any]) -> Iterator[int]:
     """All pointers of a kernel's argument, but those that are null."""
     if isinstance(params, ctypes.Structure):
@@ -483,7 +503,7 @@ def _pointers(params: ctypes.Structure | ctypes.Array[Any]) -> Iterator[int]:
 
 _WITHOUT_CONTEXT = frozenset(
     {"cuInit", "cuDeviceGetCount", "cuDeviceGet", "cuDevicePrimaryCtxRetain", "cuDevicePrimaryCtxRelease"}
-    | {"cuCtxPushCurrent", "cuCtxPopCurrent", "cuGetErrorString"}
+    | {"cuCtxCreate", "cuCtxPushCurrent", "cuCtxPopCurrent", "cuGetErrorString"}
 )
 
 _RESULTS = {
@@ -494,149 +514,3 @@ _RESULTS = {
     "cuMemGetInfo": 2,
 }
 """Values that a function gives besides its code; None for each when it fails."""
-
-
-class FakePyCuda:
-    """``pycuda.driver`` on top of a ``FakeDriver``; its objects free themselves only where PyCUDA's do."""
-
-    class Error(Exception):
-        pass
-
-    device_attribute = SimpleNamespace(MULTIPROCESSOR_COUNT=CUdevice_attribute.CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)
-
-    def __init__(self, fake: FakeDriver) -> None:
-        self.fake = fake
-        outer = self
-
-        class Context:
-            def __init__(self) -> None:
-                self.handle = outer.call("cuDevicePrimaryCtxRetain", 0)
-
-            def push(self) -> None:
-                outer.call("cuCtxPushCurrent", self.handle)
-
-            def detach(self) -> None:
-                outer.call("cuDevicePrimaryCtxRelease", 0)
-
-            @staticmethod
-            def pop() -> None:
-                outer.call("cuCtxPopCurrent")
-
-            @staticmethod
-            def get_device() -> Device:
-                return Device(0)
-
-        class Device:
-            def __init__(self, ordinal: int) -> None:
-                self.ordinal = ordinal
-
-            @staticmethod
-            def count() -> int:
-                return outer.call("cuDeviceGetCount")
-
-            def retain_primary_context(self) -> Context:
-                return Context()
-
-            def get_attribute(self, attribute: int) -> int:
-                return outer.call("cuDeviceGetAttribute", attribute, self.ordinal)
-
-            def name(self) -> str:
-                return outer.call("cuDeviceGetName", 32, self.ordinal).rstrip(b"\0").decode()
-
-            def compute_capability(self) -> tuple[int, int]:
-                return fake.compute_capability
-
-        class Stream:
-            def __init__(self, flags: int = 0) -> None:
-                assert flags == 1
-                self.handle = outer.call("cuStreamCreate", flags)
-
-            def __del__(self) -> None:
-                outer.call("cuStreamDestroy", self.handle)
-
-            def synchronize(self) -> None:
-                outer.call("cuStreamSynchronize", self.handle)
-
-        class Event:
-            def __init__(self) -> None:
-                self.handle = outer.call("cuEventCreate", CUevent_flags.CU_EVENT_DEFAULT)
-
-            def __del__(self) -> None:
-                outer.call("cuEventDestroy", self.handle)
-
-            def record(self, stream: Stream) -> None:
-                flags = CUevent_record_flags.CU_EVENT_RECORD_DEFAULT
-                outer.call("cuEventRecordWithFlags", self.handle, stream.handle, flags)
-
-            def time_since(self, start: Event) -> float:
-                return outer.call("cuEventElapsedTime", start.handle, self.handle)
-
-        class Module:
-            def __init__(self, image: bytes) -> None:
-                self.handle = outer.call("cuModuleLoadData", image)
-
-            def __del__(self) -> None:
-                outer.call("cuModuleUnload", self.handle)
-
-            def get_function(self, name: str) -> Any:
-                outer.call("cuModuleGetFunction", self.handle, name.encode())
-
-                # Keeps its module, as PyCUDA's functions do.
-                def launch(
-                    params: np.ndarray, *, grid: Any, block: Any, shared: int, stream: Any, module: Module = self
-                ) -> None:
-                    assert params.dtype == np.uint8
-                    outer.fake.launch_kernel(name, grid, block, shared, stream.handle, params.ctypes.data)
-
-                return launch
-
-        self.Context, self.Device, self.Stream, self.Event = Context, Device, Stream, Event
-        self.module_from_buffer = Module
-
-    def call(self, function: str, *arguments: Any) -> Any:
-        code, *results = getattr(self.fake, function)(*arguments)
-        if code != CUresult.CUDA_SUCCESS:
-            raise self.Error(f"{function} failed: {self.fake.cuGetErrorString(code)[1].decode()}")
-        return results[0] if len(results) == 1 else results
-
-    def init(self) -> None:
-        self.call("cuInit", 0)
-
-    def mem_get_info(self) -> tuple[int, int]:
-        free, total = self.call("cuMemGetInfo")
-        return free, total
-
-    def mem_alloc(self, size: int) -> Any:
-        pointer = self.call("cuMemAlloc", size)
-
-        class Allocation(int):
-            def free(_) -> None:  # noqa: N805
-                self.call("cuMemFree", pointer)
-
-        return Allocation(pointer)
-
-    def pagelocked_empty(self, size: int, dtype: Any) -> np.ndarray:
-        pointer = self.call("cuMemHostAlloc", size, 0)
-
-        class Allocation:
-            # NumPy makes whoever has this the base of its array.
-            __array_interface__ = {  # noqa: RUF012
-                "shape": (size,),
-                "typestr": np.dtype(dtype).str,
-                "data": (pointer, False),
-                "version": 3,
-            }
-
-            def free(_) -> None:  # noqa: N805
-                self.call("cuMemFreeHost", pointer)
-
-        return np.asarray(Allocation())
-
-    def memcpy_htod_async(self, target: int, source: np.ndarray, stream: Any) -> None:
-        self.call("cuMemcpyHtoDAsync", target, source.ctypes.data, source.nbytes, stream.handle)
-
-    def memcpy_dtoh_async(self, target: np.ndarray, source: int, stream: Any) -> None:
-        self.call("cuMemcpyDtoHAsync", target.ctypes.data, source, target.nbytes, stream.handle)
-
-    def memset_d8_async(self, target: int, value: int, count: int, stream: Any) -> None:
-        self.call("cuMemsetD8Async", target, value, count, stream.handle)

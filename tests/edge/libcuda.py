@@ -1,17 +1,20 @@
-"""A FakeDriver below the real ``cuda-bindings``: a libcuda.so.1 whose functions end in the fake's.
+"""A FakeDriver below the real ``cuda-bindings`` and ``pycuda``: a libcuda.so.1 whose functions end in the fake's.
 
     python -m pytest -p tests.edge.libcuda tests/edge/test_cuda.py
 
-So the package itself sees every argument that the project passes, and the project every result that the package makes
-of the driver's. For a process of its own: whoever looks for a driver there finds this one.
+So the packages themselves see every argument that the project passes, and the project every result that they make of
+the driver's. For a process of its own: whoever looks for a driver there finds this one.
 """
 
 from __future__ import annotations
 
 import ctypes
+import re
+import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +40,17 @@ extern "C" int cuGetProcAddress(const char *name, void **found, int version, uns
 }
 """
 
+# Every argument of the driver's functions is a whole number or a pointer, so one way of passing twelve fits all.
+EXPORT = """
+extern "C" long {name}(long a, long b, long c, long d, long e, long f, long g, long h, long i, long j, long k, long l)
+{{
+    typedef long (*Function)(long, long, long, long, long, long, long, long, long, long, long, long);
+    Function function = reinterpret_cast<Function>(find("{name}", 0));
+    return function ? function(a, b, c, d, e, f, g, h, i, j, k, l) : 801;
+}}
+"""
+"""For packages that are linked against the library; 801 is CUDA_ERROR_NOT_SUPPORTED."""
+
 _INT, _UINT, _SIZE, _HANDLE = ctypes.c_int, ctypes.c_uint, ctypes.c_size_t, ctypes.c_void_p
 _POINTER, _BYTE, _WIDE = ctypes.c_uint64, ctypes.c_ubyte, ctypes.c_ulonglong
 _TEXT, _FLOAT = ctypes.c_char_p, ctypes.c_float
@@ -48,6 +62,8 @@ SIGNATURES: dict[str, tuple[tuple[Any, ...], tuple[Any, ...]]] = {
     "cuDeviceGetAttribute": ((_INT,), (_INT, _INT)),
     "cuDevicePrimaryCtxRetain": ((_HANDLE,), (_INT,)),
     "cuDevicePrimaryCtxRelease": ((), (_INT,)),
+    "cuCtxCreate": ((_HANDLE,), (_HANDLE, _UINT, _INT)),
+    "cuCtxDetach": ((), (_HANDLE,)),
     "cuCtxPushCurrent": ((), (_HANDLE,)),
     "cuCtxPopCurrent": ((_HANDLE,), ()),
     "cuCtxGetDevice": ((_INT,), ()),
@@ -88,6 +104,18 @@ _NAMES = {"cuGraphInstantiateWithFlags": "cuGraphInstantiate"}
 _UNKNOWN_ERROR = 999
 
 
+def linked_names() -> list[str]:
+    """The functions that ``pycuda``, where it is installed, is linked against."""
+    package = find_spec("pycuda")
+    if package is None or shutil.which("nm") is None:
+        return []
+    (module,) = Path((package.submodule_search_locations or [""])[0]).glob("_driver.*.so")
+    listed = subprocess.run(
+        ["nm", "--dynamic", "--undefined-only", str(module)], capture_output=True, text=True, check=True
+    ).stdout
+    return re.findall(r" U (cu[A-Z]\w+)", listed)
+
+
 class Library:
     """The library; its functions are those of ``driver``, once there is one."""
 
@@ -96,7 +124,7 @@ class Library:
         path = folder / "libcuda.so.1"
         subprocess.run(
             [COMPILER, "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", "-x", "c++", "-", "-o", str(path)],
-            input=SOURCE.encode(),
+            input="".join([SOURCE, *(EXPORT.format(name=name) for name in linked_names())]).encode(),
             check=True,
         )
         # Under this name the loader gives it to whoever asks for it next.
@@ -108,11 +136,19 @@ class Library:
         self._functions = {name: self._function(name) for name in SIGNATURES}
         self._functions["cuDeviceGetName"] = ctypes.CFUNCTYPE(_INT, _HANDLE, _INT, _INT)(self._device_name)
         self._functions["cuGetErrorString"] = ctypes.CFUNCTYPE(_INT, _INT, _HANDLE)(self._error_string)
+        self._functions["cuEventRecord"] = ctypes.CFUNCTYPE(_INT, _HANDLE, _HANDLE)(self._event_record)
+        # That the launch tells again.
+        self._functions["cuFuncSetBlockShape"] = ctypes.CFUNCTYPE(_INT, _HANDLE, _INT, _INT, _INT)(lambda *_: 0)
+        self._functions["cuModuleLoadDataEx"] = ctypes.CFUNCTYPE(_INT, _HANDLE, _TEXT, _UINT, _HANDLE, _HANDLE)(
+            self._module_load
+        )
+        self._functions["cuDeviceComputeCapability"] = ctypes.CFUNCTYPE(_INT, _HANDLE, _HANDLE, _INT)(self._capability)
         find = ctypes.CFUNCTYPE(_HANDLE, _TEXT, _INT)
         self._find = find(lambda name, _version: self._address(name.decode()))
         self._library.set_find(self._find)
 
     def _address(self, name: str) -> int | None:
+        name = re.sub(r"_v\d$", "", name)
         function = self._functions.get(_NAMES.get(name, name))
         return None if function is None else ctypes.cast(function, _HANDLE).value
 
@@ -147,8 +183,26 @@ class Library:
         ctypes.memmove(out, name, size)
         return code
 
+    def _event_record(self, event: int, stream: int | None) -> int:
+        return self._asked("cuEventRecordWithFlags", event, stream or 0, 0)[0]
+
+    def _module_load(self, out: int, image: bytes, count: int, options: int, values: int) -> int:
+        # Of two logs, each a buffer and its size: nothing was written to them.
+        log = (_HANDLE * count).from_address(values)
+        log[1] = log[3] = None
+        code, results = self._asked("cuModuleLoadData", image)
+        if code == 0:
+            _HANDLE.from_address(out).value = results[0]
+        return code
+
+    def _capability(self, major: int, minor: int, device: int) -> int:
+        for address, number in zip((major, minor), self.driver.compute_capability, strict=True):
+            _INT.from_address(address).value = number
+        return 0
+
     def _error_string(self, error: int, out: int) -> int:
-        code, (text,) = self._asked("cuGetErrorString", error)
+        code, results = self._asked("cuGetErrorString", error)
+        text = results[0] if results else b"an error that the fake does not know"
         self._texts.append(ctypes.create_string_buffer(text or b""))
         _HANDLE.from_address(out).value = ctypes.addressof(self._texts[-1])
         return code

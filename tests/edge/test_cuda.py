@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from recontrast_edge.cuda import CudaError, Device, Graph, compiler, open_device
 from recontrast_edge.errors import MissingError, ModelError
 from recontrast_edge.kernels import launcher
 from recontrast_edge.user_cache import cache_folder
-from tests.edge.fakes_cuda import ENUMS, CUresult, FakeDriver, install
+from tests.edge.fakes_cuda import ENUMS, CUresult, CUstream_flags, FakeDriver, install
 from tests.kernels.host import COMPILER
 
 PACKAGE = Path(recontrast_edge.__file__).parent
@@ -45,6 +46,12 @@ def test_the_gpu_introduces_itself(device: Device) -> None:
     assert (device.name, device.compute_capability, device.multiprocessors) == ("Fake GPU", (8, 7), 16)
     with device.current():
         assert device.memory_info() == (1 << 30, 2 << 30)
+
+
+def test_streams_do_not_wait_for_what_others_do_on_the_default_one(device: Device, driver: FakeDriver) -> None:
+    with device.current():
+        device.stream()
+    assert driver.stream_flags == [CUstream_flags.CU_STREAM_NON_BLOCKING]
 
 
 def test_an_error_names_call_and_reason(device: Device, driver: FakeDriver) -> None:
@@ -128,20 +135,31 @@ def test_a_driver_that_is_older_than_the_binding(
         device.event().ms_since(device.event())
 
 
-def test_the_real_binding_passes_everything_on() -> None:
-    """These tests and the engine's once more, with the real package between the project and the fake."""
-    pytest.importorskip("cuda.bindings.driver", reason="cuda-bindings is what is tested")
+def passed_behind_a_real_package(*arguments: str) -> int:
+    """How many tests pass with ``tests.edge.libcuda`` in between; none fails."""
     if COMPILER is None:
         pytest.skip("g++ builds the library that the package finds")
-    engine = "profiling_splits or applications_context or spoilt or allocated_and_one_wait or driver_refuses"
-    options = ["-q", "-p", "no:cacheprovider", "-p", "tests.edge.libcuda", "-k"]
-    files = ["tests/edge/test_cuda.py", "tests/edge/test_tensorrt_engine.py", "tests/edge/test_way.py"]
-    chosen = f"test_cuda and not real_binding and not older and not no_driver and not compile or {engine}"
+    options = ["-q", "-p", "no:cacheprovider", "-p", "tests.edge.libcuda"]
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", *options, chosen, *files], capture_output=True, text=True, cwd=ROOT
+        [sys.executable, "-m", "pytest", *options, *arguments], capture_output=True, text=True, cwd=ROOT
     )
-    assert done.returncode == 0, done.stdout
-    assert int(re.findall(r"(\d+) passed", done.stdout)[-1]) >= 15
+    assert done.returncode == 0, done.stdout + done.stderr
+    return int(re.findall(r"(\d+) passed", done.stdout)[-1])
+
+
+def test_the_real_cuda_bindings_pass_everything_on() -> None:
+    """These tests and the engine's once more, with the real package between the project and the fake."""
+    pytest.importorskip("cuda.bindings.driver", reason="cuda-bindings is what is tested")
+    engine = "profiling_splits or applications_context or spoilt or allocated_and_one_wait or driver_refuses"
+    files = ["tests/edge/test_cuda.py", "tests/edge/test_tensorrt_engine.py", "tests/edge/test_way.py"]
+    chosen = f"test_cuda and not test_the_real and not older and not no_driver and not compile or {engine}"
+    assert passed_behind_a_real_package("-k", chosen, *files) >= 15
+
+
+def test_the_real_pycuda_passes_everything_on() -> None:
+    if find_spec("pycuda") is None:
+        pytest.skip("pycuda is what is tested; tests/install_gpu_packages.sh builds it where nvcc is")
+    assert passed_behind_a_real_package("tests/edge/behind_pycuda.py") >= 7
 
 
 @pytest.mark.parametrize("name", ["cuda-bindings", "pycuda"])
@@ -260,14 +278,17 @@ def test_damaged_kernels_are_compiled_again(counting: CountingCompiler, caplog: 
 
 @pytest.mark.parametrize("kind", [compiler.Nvrtc, compiler.Nvcc])
 def test_the_compilers_compile(kind: type[compiler.Nvrtc | compiler.Nvcc]) -> None:
+    """NVRTC has no header but ours."""
     try:
         found = kind()
     except MissingError as error:
         pytest.skip(str(error))
     source = PACKAGE / "kernels" / "kernels.cu"
-    image = found.compile(source, "sm_87")
-    assert image.startswith(b"\x7fELF")
-    assert b".text.distance_fp16" in image
+    for architecture in ("sm_87", "sm_90", "sm_120"):
+        image = found.compile(source, architecture)
+        assert image.startswith(b"\x7fELF")
+        for kernel in launcher.KERNELS:
+            assert f".text.{kernel}".encode() in image
     with pytest.raises(ModelError, match=r"cannot compile the CUDA kernels for sm_300: .*newer CUDA toolkit"):
         found.compile(source, "sm_300")
 

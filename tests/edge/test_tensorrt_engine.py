@@ -28,7 +28,7 @@ from recontrast_edge.preprocess import preprocess
 from recontrast_edge.scoring import MAP_NAME, PROBABILITY_NAME, SCORE_NAME
 from recontrast_edge.spec import InputSpec, Level, ModelSpec, Roi, Scoring, Threshold
 from recontrast_edge.user_cache import cache_folder
-from tests.edge.fakes_cuda import ALLOCATIONS, CUresult, FakeDriver, FakePyCuda, install
+from tests.edge.fakes_cuda import ALLOCATIONS, CUresult, FakeDriver, install
 from tests.edge.fakes_tensorrt import (
     PLAN,
     FakeContext,
@@ -445,27 +445,6 @@ def test_an_application_lends_its_context_and_stream(library: FakeTensorRt, open
         assert calls[function] == 0, function
 
 
-def test_pycuda_does_the_same_without_graphs(
-    library: FakeTensorRt, open_plan: Open, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    package = type(sys)("pycuda")
-    package.VERSION_TEXT = "2026.1"  # type: ignore[attr-defined]
-    package.driver = FakePyCuda(library.driver)  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "pycuda", package)
-    monkeypatch.setitem(sys.modules, "pycuda.driver", package.driver)
-    engine = open_plan(binding="pycuda", profile=True)
-    assert not engine.uses_graph
-    assert "pycuda 2026.1" in engine.name
-    images = [image(0), image(1, mono=True)]
-    np.testing.assert_allclose(engine.infer(images).maps, expected(images, model())[0], atol=2e-3)
-    library.driver.failures["cuMemcpyHtoDAsync"] = CUresult.CUDA_ERROR_OUT_OF_MEMORY
-    with pytest.raises(ModelError, match=r"cuMemcpyHtoDAsync: out of memory"):
-        engine.infer(images)
-    engine.close()
-    # Without an exception that a destructor swallowed, for want of a context.
-    assert library.driver.live == {}
-
-
 def test_bench_measures_a_plan_with_its_stages_on_the_gpu(
     library: FakeTensorRt, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -811,16 +790,6 @@ def test_an_rtx_library_that_takes_no_cache(
     open_rtx(rtx, tmp_path).close()
     (warning,) = warnings_of(caplog)
     assert "compiled whenever the engine is opened" in warning
-    assert not cache_folder(CACHE_KIND).exists()
-
-
-def test_an_rtx_library_before_there_were_caches(
-    rtx: FakeTensorRtForRtx, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.delattr(FakeRuntimeConfig, "create_runtime_cache")
-    open_rtx(rtx, tmp_path).close()
-    assert rtx.compiled == [2, 1]
-    assert warnings_of(caplog) == []
     assert not cache_folder(CACHE_KIND).exists()
 
 

@@ -1,15 +1,13 @@
-"""The kernels compile for every GPU architecture of the package, within their registers, and under NVRTC."""
+"""The kernels compile for every GPU architecture of the package, within their registers."""
 
 from __future__ import annotations
 
-import ctypes
 import os
 import re
 import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -135,36 +133,3 @@ def test_without_nvcc_the_build_goes_on_without_kernels(tmp_path: Path) -> None:
     )
     assert "/nowhere/nvcc" in output
     assert "Build files have been written" not in output
-
-
-def nvrtc() -> ctypes.CDLL | None:
-    """NVRTC as its wheel installs it."""
-    package = find_spec("nvidia")
-    for folder in package.submodule_search_locations or () if package else ():
-        for library in sorted(Path(folder).glob("*/lib/libnvrtc.so.*")):
-            return ctypes.CDLL(str(library))
-    return None
-
-
-@pytest.mark.skipif(nvrtc() is None, reason="NVRTC (nvidia-cuda-nvrtc) compiles the kernels where no fatbin fits")
-@pytest.mark.parametrize("architecture", [87, 90])
-def test_nvrtc_compiles_without_any_header_but_ours(architecture: int) -> None:
-    library = nvrtc()
-    assert library is not None
-    program = ctypes.c_void_p()
-    source = (kernel_folder() / SOURCE).read_bytes()
-    assert library.nvrtcCreateProgram(ctypes.byref(program), source, SOURCE.encode(), 0, None, None) == 0
-    texts = [f"-arch=sm_{architecture}", "-std=c++17", f"-I{kernel_folder()}"]
-    options = (ctypes.c_char_p * len(texts))(*(text.encode() for text in texts))
-    result = library.nvrtcCompileProgram(program, len(texts), options)
-    size = ctypes.c_size_t()
-    library.nvrtcGetProgramLogSize(program, ctypes.byref(size))
-    log = ctypes.create_string_buffer(size.value)
-    library.nvrtcGetProgramLog(program, log)
-    assert result == 0, log.value.decode()
-    assert library.nvrtcGetCUBINSize(program, ctypes.byref(size)) == 0
-    cubin = ctypes.create_string_buffer(size.value)
-    assert library.nvrtcGetCUBIN(program, cubin) == 0
-    for kernel in MAX_REGISTERS:
-        assert f".text.{kernel}".encode() in cubin.raw
-    library.nvrtcDestroyProgram(ctypes.byref(program))
