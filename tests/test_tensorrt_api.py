@@ -22,7 +22,7 @@ from recontrast_export.trt import OLDEST
 from tests.kernels.host import COMPILER
 
 ROOT = Path(__file__).parent.parent
-PACKAGES = Path(sys.prefix) / "tensorrt"
+PACKAGES = Path(sys.prefix) / "gpu-packages"
 SOURCES = [
     ROOT / "recontrast_edge/engines/tensorrt.py",
     ROOT / "recontrast_edge/engines/tensorrt_context.py",

@@ -25,12 +25,13 @@ from tests.edge.fakes_cuda import FakeDriver
 from tests.kernels.host import COMPILER
 
 SOURCE = """
+#include <string.h>
 typedef void *(*Find)(const char *name, int version);
 static Find find;
 extern "C" void set_find(Find function) { find = function; }
 extern "C" int cuGetProcAddress_v2(const char *name, void **found, int version, unsigned long long, int *status)
 {
-    *found = find(name, version);
+    *found = strcmp(name, "cuGetProcAddress") ? find(name, version) : reinterpret_cast<void *>(cuGetProcAddress_v2);
     if (status) { *status = *found ? 0 : 1; }
     return *found ? 0 : 500;
 }

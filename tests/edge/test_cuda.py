@@ -6,6 +6,7 @@ python -m pytest tests/edge/test_cuda.py
 from __future__ import annotations
 
 import ast
+import os
 import re
 import subprocess
 import sys
@@ -26,6 +27,7 @@ from tests.kernels.host import COMPILER
 
 PACKAGE = Path(recontrast_edge.__file__).parent
 ROOT = Path(__file__).parents[2]
+PACKAGES = Path(sys.prefix) / "gpu-packages"
 
 
 @pytest.fixture
@@ -135,25 +137,35 @@ def test_a_driver_that_is_older_than_the_binding(
         device.event().ms_since(device.event())
 
 
-def passed_behind_a_real_package(*arguments: str) -> int:
-    """How many tests pass with ``tests.edge.libcuda`` in between; none fails."""
+def passed_behind_a_real_package(*arguments: str, folder: Path | None = None) -> int:
+    """How many tests pass with ``tests.edge.libcuda`` in between, and the package in ``folder``; none fails."""
     if COMPILER is None:
         pytest.skip("g++ builds the library that the package finds")
-    options = ["-q", "-p", "no:cacheprovider", "-p", "tests.edge.libcuda"]
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", *options, *arguments], capture_output=True, text=True, cwd=ROOT
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return int(re.findall(r"(\d+) passed", done.stdout)[-1])
+    path = os.pathsep.join(filter(None, [folder and str(folder), os.environ.get("PYTHONPATH")]))
+
+    def output(*command: str) -> str:
+        environment = os.environ | {"PYTHONPATH": path}
+        done = subprocess.run([sys.executable, *command], capture_output=True, text=True, cwd=ROOT, env=environment)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    if folder:
+        assert str(folder) in output("-c", "import cuda.bindings.driver as driver; print(driver.__file__)")
+    options = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "tests.edge.libcuda"]
+    return int(re.findall(r"(\d+) passed", output(*options, *arguments))[-1])
 
 
-def test_the_real_cuda_bindings_pass_everything_on() -> None:
+@pytest.mark.parametrize("version", ["12.9.0", "installed"])
+def test_the_real_cuda_bindings_pass_everything_on(version: str) -> None:
     """These tests and the engine's once more, with the real package between the project and the fake."""
     pytest.importorskip("cuda.bindings.driver", reason="cuda-bindings is what is tested")
+    folder = None if version == "installed" else PACKAGES / f"cuda-bindings=={version}"
+    if folder and not folder.is_dir():
+        pytest.skip(f"tests/install_gpu_packages.sh puts cuda-bindings {version} into {folder}")
     engine = "profiling_splits or applications_context or spoilt or allocated_and_one_wait or driver_refuses"
     files = ["tests/edge/test_cuda.py", "tests/edge/test_tensorrt_engine.py", "tests/edge/test_way.py"]
     chosen = f"test_cuda and not test_the_real and not older and not no_driver and not compile or {engine}"
-    assert passed_behind_a_real_package("-k", chosen, *files) >= 15
+    assert passed_behind_a_real_package("-k", chosen, *files, folder=folder) >= 15
 
 
 def test_the_real_pycuda_passes_everything_on() -> None:
