@@ -8,6 +8,7 @@ import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -78,17 +79,37 @@ def test_registers_and_memory_on_every_architecture(tmp_path: Path) -> None:
         assert registers.keys() == MAX_REGISTERS.keys()
 
 
+def nvdisasm() -> str | None:
+    """From its wheel, or a CUDA toolkit."""
+    package = find_spec("nvidia")
+    for folder in package.submodule_search_locations or () if package else ():
+        for program in Path(folder).glob("*/bin/nvdisasm"):
+            return str(program)
+    return shutil.which("nvdisasm")
+
+
 @needs_nvcc
-def test_features_are_read_16_bytes_at_a_time(tmp_path: Path) -> None:
-    assert NVCC is not None
-    ptx = tmp_path / "kernels.ptx"
-    subprocess.run(
-        [NVCC, "-std=c++17", "-ptx", "-arch=sm_87", "-o", str(ptx), str(kernel_folder() / SOURCE)], check=True
-    )
-    bodies = dict(re.findall(r"\.entry (\w+)\((.*?)(?=\.entry|\Z)", ptx.read_text(), re.DOTALL))
-    # A round of the unrolled loop, and a single one for what remains.
+@pytest.mark.skipif(nvdisasm() is None, reason="nvdisasm (nvidia-cuda-nvdisasm) shows the machine code")
+@pytest.mark.parametrize("architecture", [87, 90, 120])
+def test_loads_of_16_bytes_are_on_their_way_together(architecture: int, tmp_path: Path) -> None:
+    """In the machine code: else a thread waits for the memory once for each of them."""
+    resource_usage(architecture, tmp_path)
+    program = nvdisasm()
+    assert program is not None
+    code = subprocess.run(
+        [program, "-c", str(tmp_path / f"sm_{architecture}.cubin")], capture_output=True, text=True, check=True
+    ).stdout
     for kernel in ("distance_fp16", "distance_fp32"):
-        assert len(re.findall(r"ld\.global\.cs\.v4\.[uf]32", bodies[kernel])) == 2 * (_UNROLL + 1)
+        body = code.split(f".text.{kernel}:")[1].split(".section")[0]
+        instructions = re.findall(r"/\*[0-9a-f]{4}\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)", body)
+        # Runs of loads, which no arithmetic with what came interrupts.
+        used = "".join(
+            "L" if re.match(r"LDG.*\.128", name) else "u" * name.startswith(("FFMA", "HADD2")) for name in instructions
+        )
+        runs = sorted(map(len, re.findall("L+", used)))
+        # A round of the unrolled loop, and a single one for what remains.
+        assert sum(runs) >= 2 * (_UNROLL + 1), (kernel, runs)
+        assert runs[-1] >= 2 * _UNROLL - 1, (kernel, runs)
 
 
 def configure(build: Path, *options: str, path: str | None = None) -> str:
