@@ -17,7 +17,7 @@ from typing import Any
 Reading = dict[str, float | str]
 
 _JETSON_PREFIXES = ("CPU", "GPU", "EMC", "RAM", "Temp", "Power", "nvp model", "jetson_clocks")
-"""Of the names that jetson-stats gives; the others are of no use here (uptime, fan, disks)."""
+"""Of the names that jetson-stats gives, power in mW; the others are of no use here (uptime, fan, disks)."""
 
 
 class Sensors:
@@ -133,8 +133,18 @@ def _open_jetson() -> Any:
 
 def _read_jetson(jetson: Any) -> Reading:
     stats = _tried(lambda: dict(jetson.stats)) or {}
-    return {
+    reading: Reading = {
         f"jetson {name}": value if isinstance(value, (int, float)) else str(value)
         for name, value in stats.items()
         if str(name).startswith(_JETSON_PREFIXES)
     }
+    # In kHz, and not among the others.
+    clocks = {
+        "GPU": lambda: next(iter(jetson.gpu.values()))["freq"]["cur"],
+        "EMC": lambda: jetson.memory["EMC"]["cur"],
+    }
+    for name, read in clocks.items():
+        clock_khz = _tried(read)
+        if clock_khz:
+            reading[f"jetson {name} clock_mhz"] = clock_khz / 1e3
+    return reading

@@ -321,6 +321,8 @@ def test_sensors_read_what_answers_and_leave_out_the_rest(monkeypatch: pytest.Mo
         start=lambda: None,
         close=lambda: closed.append("jtop"),
         stats={"GPU": 33, "Temp gpu": 45.5, "nvp model": "MAXN", "uptime": 12},
+        gpu={"gpu": {"freq": {"cur": 1_300_500, "max": 1_300_500}}},
+        memory={"RAM": {"used": 1}},
     )
     monkeypatch.setitem(sys.modules, "pynvml", nvml)
     monkeypatch.setitem(sys.modules, "jtop", jtop)
@@ -334,6 +336,7 @@ def test_sensors_read_what_answers_and_leave_out_the_rest(monkeypatch: pytest.Mo
             "jetson GPU": 33,
             "jetson Temp gpu": 45.5,
             "jetson nvp model": "MAXN",
+            "jetson GPU clock_mhz": 1300.5,
         }
         with sensors.sampled(interval_s=0.01) as readings:
             time.sleep(0.1)
