@@ -120,6 +120,35 @@ class Band:
         return cls(start.astype(np.int32), weights.astype(np.float32))
 
 
+@dataclass(frozen=True, eq=False)
+class GroupedBand:
+    """A banded matrix whose neighbouring rows share a window, so that one reading of it serves all of them.
+
+    Attributes:
+        first: (groups,) int32, first column of each group's window, which may reach past the last column.
+        weights: (groups, taps, rows of a group) float32; 0 outside of a row's support, past the last row and column.
+    """
+
+    first: NDArray[np.int32]
+    weights: NDArray[np.float32]
+
+    @classmethod
+    def of(cls, matrix: Matrix, *, rows: int, taps_multiple: int) -> GroupedBand:
+        """The narrowest common window over all groups of ``rows`` rows, of a multiple of ``taps_multiple`` taps."""
+        height, columns = matrix.shape
+        groups = np.zeros((-(-height // rows), rows, columns))
+        groups.reshape(-1, columns)[:height] = matrix
+        used = (groups != 0.0).any(axis=1)
+        first = used.argmax(axis=1)
+        last = np.where(used.any(axis=1), columns - 1 - used[:, ::-1].argmax(axis=1), first)
+        taps = -(-(int((last - first).max()) + 1) // taps_multiple) * taps_multiple
+        window = first[:, None] + np.arange(taps)[None, :]
+        inside = np.minimum(window, columns - 1)
+        weights = np.take_along_axis(groups.transpose(0, 2, 1), inside[:, :, None], axis=1)
+        weights[window >= columns] = 0.0
+        return cls(first.astype(np.int32), weights.astype(np.float32))
+
+
 class Resizer:
     """Antialiased bilinear resize of whole images, in blocks of output rows that skip the matrices' zeros.
 

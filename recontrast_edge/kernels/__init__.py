@@ -21,7 +21,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from recontrast_edge.errors import InputError, ModelError
 from recontrast_edge.preprocess import YUV_MATRICES, Geometry, YuvStandard
-from recontrast_edge.resample import Band, antialias_matrix, fold_matrix
+from recontrast_edge.resample import Band, GroupedBand, antialias_matrix, fold_matrix
 from recontrast_edge.scoring import (
     PROBABILITY_NAME,
     VIEWS,
@@ -46,7 +46,11 @@ KERNELS = (
 # The same numbers stand in anomaly_map.cu and preprocess.cu; the tests compare them.
 MAX_LEVELS = 8
 THREADS = 256
-TILE_WH = (32, 8)
+FOLD_THREADS = 128
+FOLD_COLUMNS = 2
+FOLD_ROWS = 4
+FOLD_TAPS = 4
+TILE_WH = (64, 16)
 TOP_THREADS = 512
 BINS = 2048
 
@@ -84,13 +88,13 @@ class _Level(ctypes.Structure):
         ("arrivals", ctypes.c_void_p),
         ("row_first", ctypes.c_void_p),
         ("row_weights", ctypes.c_void_p),
-        ("column_first", ctypes.c_void_p),
-        ("column_weights", ctypes.c_void_p),
+        ("tile_first", ctypes.c_void_p),
         ("channels", ctypes.c_int),
         ("height", ctypes.c_int),
         ("width", ctypes.c_int),
         ("row_taps", ctypes.c_int),
         ("column_taps", ctypes.c_int),
+        ("tile_columns", ctypes.c_int),
         ("pixels_per_load", ctypes.c_int),
         ("columns", ctypes.c_int),
         ("tiles", ctypes.c_int),
@@ -107,10 +111,13 @@ class AnomalyMapParams(ctypes.Structure):
         ("level", _Level * MAX_LEVELS),
         ("map", ctypes.c_void_p),
         ("score", ctypes.c_void_p),
+        ("columns", ctypes.c_void_p),
         ("max_key", ctypes.c_void_p),
         ("arrivals", ctypes.c_void_p),
         ("histogram", ctypes.c_void_p),
         ("levels", ctypes.c_int),
+        ("fold_columns", ctypes.c_int),
+        ("fold_taps", ctypes.c_int),
         ("map_height", ctypes.c_int),
         ("map_width", ctypes.c_int),
         ("top_count", ctypes.c_int),
@@ -190,6 +197,8 @@ class _Constants:
 class LevelPlan:
     """How one level's features are divided among blocks of ``THREADS`` threads."""
 
+    index: int
+    """Of the model's levels, finest first."""
     channels: int
     height: int
     width: int
@@ -223,6 +232,48 @@ class LevelPlan:
     @property
     def tile_pixels(self) -> int:
         return self.columns * self.pixels_per_load
+
+
+@dataclass(frozen=True, eq=False)
+class Fold:
+    """One level's two matrices as ``fold_map`` reads them.
+
+    Attributes:
+        rows: ``R_l`` in groups of ``FOLD_ROWS`` rows.
+        tile_first: (tiles,) int32, first column of ``d_l`` under each tile.
+        tile_columns: columns under any tile; what lies past the last one of ``d_l`` has weight 0.
+        column_first: (tiles, 32) int32, first column that ``FOLD_COLUMNS`` pixels take, counted from the tile's.
+        column_weights: (tiles, column_taps, TILE_WH[0]) float32.
+    """
+
+    rows: GroupedBand
+    tile_first: NDArray[np.int32]
+    tile_columns: int
+    column_first: NDArray[np.int32]
+    column_weights: NDArray[np.float32]
+
+    @property
+    def column_taps(self) -> int:
+        return int(self.column_weights.shape[1])
+
+    @classmethod
+    def of(cls, rows: NDArray[np.float64], columns: NDArray[np.float64]) -> Fold:
+        """From ``R_l`` (height, h_l) and ``C_l`` (width, w_l)."""
+        band = GroupedBand.of(columns, rows=FOLD_COLUMNS, taps_multiple=FOLD_TAPS)
+        groups, taps, _ = band.weights.shape
+        pairs = TILE_WH[0] // FOLD_COLUMNS
+        # The last tile's pixels past the edge read what its last ones do, and have no weight.
+        missing = -groups % pairs
+        first = np.pad(band.first, (0, missing), mode="edge").reshape(-1, pairs)
+        weights = np.pad(band.weights, ((0, missing), (0, 0), (0, 0))).reshape(-1, pairs, taps, FOLD_COLUMNS)
+        tile_first = first.min(axis=1)
+        return cls(
+            rows=GroupedBand.of(rows, rows=FOLD_ROWS, taps_multiple=FOLD_TAPS),
+            tile_first=tile_first.astype(np.int32),
+            tile_columns=int((first.max(axis=1) - tile_first).max()) + taps,
+            column_first=(first - tile_first[:, None]).astype(np.int32),
+            column_weights=weights.transpose(0, 2, 1, 3).reshape(len(first), taps, TILE_WH[0]),
+        )
 
 
 class AnomalyMapPlan:
@@ -274,24 +325,39 @@ class AnomalyMapPlan:
         self.scoring = scoring
         self.max_batch = max_batch
         self.alignment = alignment
-        self.levels = _divide(levels_chw, self.dtype.itemsize, alignment, multiprocessors)
+        self._n_levels = len(levels_chw)
+        self._probability_hw = levels_chw[0][1:]
+        weights = level_weights(scoring, len(levels_chw))
+        # As in the oracle, a level of weight 0 is left out: whatever is in it has no say.
+        counted = [index for index, weight in enumerate(weights) if weight]
+        self.levels = _divide({i: levels_chw[i] for i in counted}, self.dtype.itemsize, alignment, multiprocessors)
         # A level's weight goes into one of its two matrices.
-        weights = level_weights(scoring, len(self.levels))
-        folded = list(zip(self.levels, weights, strict=True))
+        sizes = [(*levels_chw[index][1:], weights[index]) for index in counted]
         if scoring.discriminator_weight is not None:
-            folded.append((self.levels[0], scoring.discriminator_weight))
-        self.row_bands = [
-            Band.of(weight * fold_matrix(level.height, size_wh[1], scoring.blur_sigma)) for level, weight in folded
+            sizes.append((*levels_chw[0][1:], scoring.discriminator_weight))
+        self.folds = [
+            Fold.of(
+                weight * fold_matrix(height, size_wh[1], scoring.blur_sigma),
+                fold_matrix(width, size_wh[0], scoring.blur_sigma),
+            )
+            for height, width, weight in sizes
         ]
-        self.column_bands = [Band.of(fold_matrix(level.width, size_wh[0], scoring.blur_sigma)) for level, _ in folded]
         constants = _Constants()
-        for index, (rows, columns) in enumerate(zip(self.row_bands, self.column_bands, strict=True)):
-            constants.add_band(f"row{index}", rows)
-            constants.add_band(f"column{index}", columns)
-        self.constants, self._constant_offsets = constants.gather()
-        self._fold_shared_bytes = 4 * (
-            THREADS // _WARP + sum(TILE_WH[1] * _widest_tile(band, TILE_WH[0]) for band in self.column_bands)
+        for index, fold in enumerate(self.folds):
+            constants.add(f"row_first{index}", fold.rows.first)
+            constants.add(f"row_weights{index}", fold.rows.weights)
+            constants.add(f"tile_first{index}", fold.tile_first)
+        matrices = [fold.column_weights.reshape(len(fold.tile_first), -1) for fold in self.folds]
+        constants.add(
+            "columns", np.concatenate([*matrices, *(fold.column_first.view(np.float32) for fold in self.folds)], 1)
         )
+        self.constants, self._constant_offsets = constants.gather()
+        warps = FOLD_THREADS // _WARP
+        self._fold_columns = sum(fold.tile_columns for fold in self.folds)
+        self._fold_taps = sum(fold.column_taps for fold in self.folds)
+        # A key each warp, a tile's columns, and for each warp its rows folded.
+        columns = self._fold_taps * TILE_WH[0] + len(self.folds) * _WARP
+        self._fold_shared_bytes = 4 * (warps + columns + warps * self._fold_columns * FOLD_ROWS)
         if self._fold_shared_bytes > _SHARED_BYTES:
             raise ModelError(
                 f"a blur of sigma {scoring.blur_sigma} over these levels needs {self._fold_shared_bytes} bytes of "
@@ -348,20 +414,17 @@ class AnomalyMapPlan:
         """The launches, in order, for a batch of 1..``max_batch`` images."""
         if not 1 <= batch <= self.max_batch:
             raise ValueError(f"expected a batch of 1..{self.max_batch}, got {batch}")
-        widest_load = max(level.pixels_per_load for level in self.levels)
-        blocks = sum(level.blocks for level in self.levels)
         suffix = "fp16" if self.dtype == np.float16 else "fp32"
         width, height = self.size_wh
-        launches = [
+        launches = []
+        if self.levels:
+            blocks = sum(level.blocks for level in self.levels)
+            widest_load = max(level.pixels_per_load for level in self.levels)
             # 16 bytes for the flag before the sums, which have kThreads rows of pixels_per_load.
-            Launch(f"distance_{suffix}", (blocks, batch, 1), (THREADS, 1, 1), 16 + 4 * _SUMS * THREADS * widest_load),
-            Launch(
-                "fold_map",
-                (-(-width // TILE_WH[0]), -(-height // TILE_WH[1]), batch),
-                (THREADS, 1, 1),
-                self._fold_shared_bytes,
-            ),
-        ]
+            shared_bytes = 16 + 4 * _SUMS * THREADS * widest_load
+            launches.append(Launch(f"distance_{suffix}", (blocks, batch, 1), (THREADS, 1, 1), shared_bytes))
+        tiles = (-(-width // TILE_WH[0]), -(-height // TILE_WH[1]))
+        launches.append(Launch("fold_map", (*tiles, batch), (FOLD_THREADS, 1, 1), self._fold_shared_bytes))
         if self.scoring.rule == "top":
             warps = TOP_THREADS // _WARP
             launches.append(Launch("top_score", (batch, 1, 1), (TOP_THREADS, 1, 1), 4 * (BINS + 2 * warps + 2)))
@@ -393,12 +456,15 @@ class AnomalyMapPlan:
         def workspace(name: str) -> int:
             return workspace_pointer + self._workspace.offsets[name]
 
+        def constant(name: str) -> int:
+            return constants_pointer + self._constant_offsets[name]
+
         params = AnomalyMapParams()
         for index, plan in enumerate(self.levels):
             level = params.level[index]
             for view in range(VIEWS):
-                level.target[view] = features[target_name(view, index)]
-                level.reconstruction[view] = features[reconstruction_name(view, index)]
+                level.target[view] = features[target_name(view, plan.index)]
+                level.reconstruction[view] = features[reconstruction_name(view, plan.index)]
             for part in ("partials", "distances", "arrivals"):
                 setattr(level, part, workspace(f"{part}{index}"))
             for name in (
@@ -416,16 +482,19 @@ class AnomalyMapPlan:
         if self.scoring.discriminator_weight is not None:
             level = params.level[len(self.levels)]
             level.distances = features[PROBABILITY_NAME]
-            level.height, level.width = self.levels[0].height, self.levels[0].width
+            level.height, level.width = self._probability_hw
             # No block of the grid is its own.
             level.first_block = _NO_BLOCK
-        for index, bands in enumerate(zip(self.row_bands, self.column_bands, strict=True)):
+        for index, fold in enumerate(self.folds):
             level = params.level[index]
-            for axis, band in zip(("row", "column"), bands, strict=True):
-                for array in ("first", "weights"):
-                    offset = self._constant_offsets[f"{axis}{index}_{array}"]
-                    setattr(level, f"{axis}_{array}", constants_pointer + offset)
-                setattr(level, f"{axis}_taps", band.weights.shape[1])
+            for name in ("row_first", "row_weights", "tile_first"):
+                setattr(level, name, constant(f"{name}{index}"))
+            level.row_taps = fold.rows.weights.shape[1]
+            level.column_taps = fold.column_taps
+            level.tile_columns = fold.tile_columns
+        params.columns = constant("columns")
+        params.fold_columns = self._fold_columns
+        params.fold_taps = self._fold_taps
         params.map = map_pointer
         params.score = score_pointer
         if self.scoring.rule == "max":
@@ -433,7 +502,7 @@ class AnomalyMapPlan:
             params.arrivals = workspace("map_arrivals")
         else:
             params.histogram = workspace("histogram")
-        params.levels = len(self.row_bands)
+        params.levels = len(self.folds)
         params.map_width, params.map_height = self.size_wh
         params.top_count = top_count(self.size_wh[0] * self.size_wh[1], self.scoring)
         return params
@@ -441,7 +510,7 @@ class AnomalyMapPlan:
     def _check_pointers(self, features: Mapping[str, int], results: Iterable[int], buffers: Iterable[int]) -> None:
         expected = {
             name(view, index)
-            for index in range(len(self.levels))
+            for index in range(self._n_levels)
             for view in range(VIEWS)
             for name in (target_name, reconstruction_name)
         }
@@ -453,21 +522,21 @@ class AnomalyMapPlan:
             if pointer == 0 or pointer % self.alignment:
                 raise ValueError(f"{name}: expected a multiple of {self.alignment} bytes, got pointer {pointer:#x}")
         for pointer in results:
-            if pointer == 0 or pointer % 4:
-                raise ValueError(f"expected float32 results, aligned to 4 bytes, got pointer {pointer:#x}")
+            if pointer == 0 or pointer % 8:
+                raise ValueError(f"expected float32 results, aligned to 8 bytes, got pointer {pointer:#x}")
         for pointer in buffers:
             if pointer == 0 or pointer % _LOAD_BYTES:
                 raise ValueError(f"expected buffers aligned to {_LOAD_BYTES} bytes, got pointer {pointer:#x}")
 
 
 def _divide(
-    levels_chw: Sequence[tuple[int, int, int]], item_bytes: int, alignment: int, multiprocessors: int
+    levels_chw: Mapping[int, tuple[int, int, int]], item_bytes: int, alignment: int, multiprocessors: int
 ) -> tuple[LevelPlan, ...]:
     """Blocks of equal work: as many channels a thread as leave 3 blocks for every 2 multiprocessors, at least 4."""
     depth = _UNROLL
     plans = _divide_by_depth(levels_chw, item_bytes, alignment, depth)
     # Deeper than this, the blocks of some levels would have less to do than others'.
-    deepest = min(-(-level.channels // level.rows) for level in plans)
+    deepest = min((-(-level.channels // level.rows) for level in plans), default=0)
     while (depth := 2 * depth) <= deepest:
         deeper = _divide_by_depth(levels_chw, item_bytes, alignment, depth)
         if 2 * sum(level.blocks for level in deeper) < 3 * multiprocessors:
@@ -477,11 +546,11 @@ def _divide(
 
 
 def _divide_by_depth(
-    levels_chw: Sequence[tuple[int, int, int]], item_bytes: int, alignment: int, depth: int
+    levels_chw: Mapping[int, tuple[int, int, int]], item_bytes: int, alignment: int, depth: int
 ) -> tuple[LevelPlan, ...]:
     plans: list[LevelPlan] = []
     first_block = 0
-    for channels, height, width in levels_chw:
+    for index, (channels, height, width) in levels_chw.items():
         pixels = height * width
         pixels_per_load = 1
         for load_bytes in (16, 8):
@@ -496,6 +565,7 @@ def _divide_by_depth(
         # Evenly, in whole rounds of the rows.
         split_channels = _round_up(-(-channels // splits), rows)
         plan = LevelPlan(
+            index=index,
             channels=channels,
             height=height,
             width=width,

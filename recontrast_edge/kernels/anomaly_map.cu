@@ -17,8 +17,13 @@ constexpr int kSums = 3;  // dot product, |target|^2, |reconstruction|^2
 constexpr int kUnroll = 4;  // channels a thread has in flight
 constexpr int kWarp = 32;
 constexpr int kThreads = 256;
-constexpr int kTileWidth = 32;  // map pixels of a fold block; one thread a pixel
-constexpr int kTileHeight = kThreads / kTileWidth;
+constexpr int kSplitsAtOnce = 8;  // parts of a tile's sums that a thread has in flight
+constexpr int kFoldThreads = 128;
+constexpr int kFoldColumns = 2;  // neighbouring map pixels of a fold thread, in each of kFoldRows rows
+constexpr int kFoldRows = 4;
+constexpr int kFoldTaps = 4;  // loads that a fold thread has in flight of each kind; taps come in multiples of this
+constexpr int kTileWidth = kWarp * kFoldColumns;  // map pixels of a fold block
+constexpr int kTileHeight = kFoldThreads / kWarp * kFoldRows;
 constexpr int kTopThreads = 512;
 constexpr int kTopLoads = 8;  // map pixels a thread of top_score has in flight
 constexpr int kBins = 2048;
@@ -36,15 +41,15 @@ struct Level {
     float* partials;  // (N, tiles, kViews * splits, kSums, tile_pixels)
     float* distances;  // (N, height, width)
     unsigned int* arrivals;  // (N, tiles), zero between launches
-    const int* row_first;  // (map_height): first row of d_l that a map row takes
-    const float* row_weights;  // (map_height, row_taps)
-    const int* column_first;  // (map_width)
-    const float* column_weights;  // (map_width, column_taps)
+    const int* row_first;  // (map_height / kFoldRows): first row of d_l that these map rows take
+    const float4* row_weights;  // (map_height / kFoldRows, row_taps), a weight for each of the rows
+    const int* tile_first;  // (map_width / kTileWidth): first column of d_l under a tile
     int channels;
     int height;
     int width;
     int row_taps;
     int column_taps;
+    int tile_columns;  // of d_l under any tile
     int pixels_per_load;  // neighbours a thread reads at once: 16 or 8 bytes of them, or one
     int columns;  // threads of a block along the pixels, a power of two; the others go along the channels
     int tiles;  // blocks along the pixels
@@ -57,10 +62,15 @@ struct AnomalyMapParams {
     Level level[kMaxLevels];
     float* map;  // (N, map_height, map_width)
     float* score;  // (N)
+    // For each tile along the width: (column_taps of all levels, kTileWidth) weights, then (levels, kWarp) whole numbers,
+    // the first column of d_l that a thread's pixels take, counted from the tile's.
+    const float4* columns;
     unsigned int* max_key;  // (N), zero between launches
     unsigned int* arrivals;  // (N), zero between launches
     unsigned int* histogram;  // (N, kBins), zero between launches; null for the rule "max"
     int levels;
+    int fold_columns;  // tile_columns of all levels
+    int fold_taps;  // column_taps of all levels
     int map_height;
     int map_width;
     int top_count;
@@ -213,13 +223,25 @@ __device__ __forceinline__ void finish_tile(const Level& level, const float* par
         float distance = 0.0f;
         for (int view = 0; view < kViews; ++view) {
             float sums[kSums] = {};
-#pragma unroll 4
-            for (int split = 0; split < level.splits; ++split) {
-                const float* part = partials + static_cast<size_t>(view * level.splits + split) * kSums * tile_pixels + i;
+            // All loads of a round are issued before the first is used: a trip to L2 costs as much as hundreds of sums.
+            for (int first = 0; first < level.splits; first += kSplitsAtOnce) {
+                const float* part = partials + static_cast<size_t>(view * level.splits + first) * kSums * tile_pixels + i;
+                float loaded[kSplitsAtOnce][kSums];
 #pragma unroll
-                for (int k = 0; k < kSums; ++k) {
-                    // From L2, where the other blocks' writes are; this SM's L1 need not see them.
-                    sums[k] += __ldcg(part + k * tile_pixels);
+                for (int split = 0; split < kSplitsAtOnce; ++split) {
+#pragma unroll
+                    for (int k = 0; k < kSums; ++k) {
+                        // From L2, where the other blocks' writes are; this SM's L1 need not see them.
+                        loaded[split][k] =
+                            first + split < level.splits ? __ldcg(part + (split * kSums + k) * tile_pixels) : 0.0f;
+                    }
+                }
+#pragma unroll
+                for (int split = 0; split < kSplitsAtOnce; ++split) {
+#pragma unroll
+                    for (int k = 0; k < kSums; ++k) {
+                        sums[k] += loaded[split][k];
+                    }
                 }
             }
             distance += cosine_distance(sums[0], sums[1], sums[2]);
@@ -339,6 +361,9 @@ __device__ __forceinline__ unsigned int digit_of(unsigned int key, int digit)
 // Adds one to `bin`. Neighbouring pixels share bins, so a warp's equal bins become one addition. All lanes take part.
 __device__ __forceinline__ void count(unsigned int* histogram, unsigned int bin, bool counted)
 {
+    if (!__any_sync(kAllLanes, counted)) {
+        return;
+    }
     const unsigned int same = __match_any_sync(kAllLanes, counted ? bin : kBins);
     const int leader = __ffs(same) - 1;
     if (counted && static_cast<int>(threadIdx.x % kWarp) == leader) {
@@ -346,77 +371,145 @@ __device__ __forceinline__ void count(unsigned int* histogram, unsigned int bin,
     }
 }
 
-// Grid: (tiles along the width, tiles along the height, N). Shared memory: a key each warp, then for each level
-// (kTileHeight, columns of d_l under the tile) of R_l d_l.
-extern "C" __global__ void __launch_bounds__(kThreads) fold_map(const __grid_constant__ AnomalyMapParams params)
+// R_l d_l for this warp's kFoldRows map rows and for every column of every level under the tile -> `folded`, a float4 of
+// the rows for each column, level after level.
+__device__ __forceinline__ void fold_rows(const AnomalyMapParams& params, int image, int tile, int rows, float4* folded)
 {
-    const int image = blockIdx.z;
-    const int left = blockIdx.x * kTileWidth;
-    const int top = blockIdx.y * kTileHeight;
-    const int last_x = min(left + kTileWidth, params.map_width) - 1;
-    const int tile_rows = min(kTileHeight, params.map_height - top);
-    unsigned int* warp_keys = static_cast<unsigned int*>(block_memory());
-    float* const folded_rows = static_cast<float*>(block_memory()) + kThreads / kWarp;
-
-    float* folded = folded_rows;
-    for (int index = 0; index < params.levels; ++index) {
-        const Level& level = params.level[index];
-        const int first_column = level.column_first[left];
-        const int columns = level.column_first[last_x] + level.column_taps - first_column;
-        const float* distances =
-            level.distances + static_cast<size_t>(image) * level.height * level.width + first_column;
-        for (int i = threadIdx.x; i < tile_rows * columns; i += kThreads) {
-            const int y = top + i / columns;
-            const float* column = distances + level.row_first[y] * level.width + i % columns;
-            const float* weights = level.row_weights + y * level.row_taps;
-            float sum = 0.0f;
-#pragma unroll 4
-            for (int tap = 0; tap < level.row_taps; ++tap) {
-                sum += weights[tap] * column[tap * level.width];
-            }
-            folded[i] = sum;
+    for (int index = threadIdx.x % kWarp; index < params.fold_columns; index += kWarp) {
+        int column = index;
+        int of = 0;
+        while (column >= params.level[of].tile_columns) {
+            column -= params.level[of].tile_columns;
+            ++of;
         }
-        folded += kTileHeight * columns;
+        const Level& level = params.level[of];
+        const int width = level.width;
+        const int last_row = level.height - 1;
+        const int first_row = level.row_first[rows];
+        const float4* weights = level.row_weights + rows * level.row_taps;
+        // What lies past an edge has weight 0, and is read at the edge.
+        const float* distances = level.distances + static_cast<size_t>(image) * level.height * width +
+                                 min(level.tile_first[tile] + column, width - 1);
+        float4 sum = {0.0f, 0.0f, 0.0f, 0.0f};
+        // Unrolled further, the compiler would issue the loads of a round one after the other's use.
+#pragma unroll 1
+        for (int tap = 0; tap < level.row_taps; tap += kFoldTaps) {
+            float distance[kFoldTaps];
+            float4 weight[kFoldTaps];
+#pragma unroll
+            for (int i = 0; i < kFoldTaps; ++i) {
+                distance[i] = distances[min(first_row + tap + i, last_row) * width];
+                weight[i] = weights[tap + i];
+            }
+#pragma unroll
+            for (int i = 0; i < kFoldTaps; ++i) {
+                sum.x += weight[i].x * distance[i];
+                sum.y += weight[i].y * distance[i];
+                sum.z += weight[i].z * distance[i];
+                sum.w += weight[i].w * distance[i];
+            }
+        }
+        folded[index] = sum;
+    }
+}
+
+// Grid: (tiles along the width, tiles along the height, N). A warp makes kFoldRows rows of a tile, a thread kFoldColumns
+// pixels of each. Shared memory: a key each warp, the tile's `columns`, then for each warp its `folded`.
+extern "C" __global__ void __launch_bounds__(kFoldThreads, 8) fold_map(const __grid_constant__ AnomalyMapParams params)
+{
+    constexpr int kWarps = kFoldThreads / kWarp;
+    const int image = blockIdx.z;
+    const int lane = threadIdx.x % kWarp;
+    const int warp = threadIdx.x / kWarp;
+    const int left = (blockIdx.x * kWarp + lane) * kFoldColumns;
+    const int rows = blockIdx.y * kWarps + warp;
+    const int top = rows * kFoldRows;
+    unsigned int* warp_keys = static_cast<unsigned int*>(block_memory());
+    float4* tile_columns = static_cast<float4*>(block_memory()) + 1;
+    const int weights = params.fold_taps * kTileWidth / 4;
+    const int size = weights + params.levels * kWarp / 4;
+    float4* folded = tile_columns + size + warp * params.fold_columns;
+
+    const float4* columns = params.columns + blockIdx.x * size;
+    for (int first = threadIdx.x; first < size; first += kFoldTaps * kFoldThreads) {
+        float4 loaded[kFoldTaps];
+#pragma unroll
+        for (int i = 0; i < kFoldTaps; ++i) {
+            loaded[i] = columns[min(first + i * kFoldThreads, size - 1)];
+        }
+#pragma unroll
+        for (int i = 0; i < kFoldTaps; ++i) {
+            if (first + i * kFoldThreads < size) {
+                tile_columns[first + i * kFoldThreads] = loaded[i];
+            }
+        }
+    }
+    if (top < params.map_height) {
+        fold_rows(params, image, blockIdx.x, rows, folded);
     }
     __syncthreads();
 
-    const int x = left + threadIdx.x % kTileWidth;
-    const int tile_row = threadIdx.x / kTileWidth;
-    unsigned int key = 0;  // below every number's
-    if (x <= last_x && tile_row < tile_rows) {
-        float value = 0.0f;
-        folded = folded_rows;
+    float value[kFoldRows][kFoldColumns] = {};
+    if (top < params.map_height && left < params.map_width) {
+        const float2* weight = reinterpret_cast<const float2*>(tile_columns) + lane;
+        const int* column_first = reinterpret_cast<const int*>(tile_columns + weights) + lane;
         for (int index = 0; index < params.levels; ++index) {
             const Level& level = params.level[index];
-            const int first_column = level.column_first[left];
-            const int columns = level.column_first[last_x] + level.column_taps - first_column;
-            const float* row = folded + tile_row * columns + level.column_first[x] - first_column;
-            const float* weights = level.column_weights + x * level.column_taps;
-            float sum = 0.0f;
-#pragma unroll 4
-            for (int tap = 0; tap < level.column_taps; ++tap) {
-                sum += weights[tap] * row[tap];
+            const float4* column = folded + column_first[index * kWarp];
+#pragma unroll 1
+            for (int tap = 0; tap < level.column_taps; tap += kFoldTaps) {
+#pragma unroll
+                for (int i = 0; i < kFoldTaps; ++i) {
+                    const float4 d = column[tap + i];
+                    const float2 w = weight[(tap + i) * kWarp];
+                    value[0][0] += w.x * d.x;
+                    value[0][1] += w.y * d.x;
+                    value[1][0] += w.x * d.y;
+                    value[1][1] += w.y * d.y;
+                    value[2][0] += w.x * d.z;
+                    value[2][1] += w.y * d.z;
+                    value[3][0] += w.x * d.w;
+                    value[3][1] += w.y * d.w;
+                }
             }
-            value += sum;
-            folded += kTileHeight * columns;
+            folded += level.tile_columns;
+            weight += level.column_taps * kWarp;
         }
-        const size_t pixel = static_cast<size_t>(top + tile_row) * params.map_width + x;
-        params.map[static_cast<size_t>(image) * params.map_height * params.map_width + pixel] = value;
-        key = key_of(value);
     }
 
+    const int width = params.map_width;
+    float* map = params.map + static_cast<size_t>(image) * params.map_height * width + left;
+    unsigned int key = 0;  // below every number's
+#pragma unroll
+    for (int row = 0; row < kFoldRows; ++row) {
+        const int y = top + row;
+        if (y < params.map_height && width % kFoldColumns == 0 && left < width) {
+            reinterpret_cast<float2*>(map + y * width)[0] = {value[row][0], value[row][1]};
+        }
+#pragma unroll
+        for (int i = 0; i < kFoldColumns; ++i) {
+            const bool is_there = y < params.map_height && left + i < width;
+            if (is_there && width % kFoldColumns != 0) {
+                map[y * width + i] = value[row][i];
+            }
+            const unsigned int own = is_there ? key_of(value[row][i]) : 0;
+            if (params.histogram != nullptr) {
+                count(params.histogram + image * kBins, digit_of(own, 0), is_there);
+            }
+            key = max(key, own);
+        }
+    }
     if (params.histogram != nullptr) {
-        count(params.histogram + image * kBins, digit_of(key, 0), key != 0);
         return;
     }
     key = warp_max(key);
-    if (threadIdx.x % kWarp == 0) {
-        warp_keys[threadIdx.x / kWarp] = key;
+    if (lane == 0) {
+        warp_keys[warp] = key;
     }
     __syncthreads();
     if (threadIdx.x == 0) {
-        for (int warp = 1; warp < kThreads / kWarp; ++warp) {
-            key = max(key, warp_keys[warp]);
+        for (int other = 1; other < kWarps; ++other) {
+            key = max(key, warp_keys[other]);
         }
         atomicMax(params.max_key + image, key);
         __threadfence();
@@ -481,6 +574,19 @@ __device__ __forceinline__ void find_bin(TopShared& shared, unsigned int wanted)
 // The keys of kTopLoads pixels from `start` on, a block's width apart; 0 past the end.
 __device__ __forceinline__ void load_keys(const float* map, int start, int pixels, unsigned int (&keys)[kTopLoads])
 {
+    if (start + kTopLoads * kTopThreads <= pixels) {
+        // Apart from the comparisons with the end, between which the loads would wait for each other.
+        float value[kTopLoads];
+#pragma unroll
+        for (int i = 0; i < kTopLoads; ++i) {
+            value[i] = map[start + i * kTopThreads + threadIdx.x];
+        }
+#pragma unroll
+        for (int i = 0; i < kTopLoads; ++i) {
+            keys[i] = key_of(value[i]);
+        }
+        return;
+    }
 #pragma unroll
     for (int i = 0; i < kTopLoads; ++i) {
         const int pixel = start + i * kTopThreads + threadIdx.x;

@@ -196,6 +196,11 @@ inline T __shfl_up_sync(unsigned int, T value, int offset)
     const int lane = host::thread_index.x % host::kWarp;
     return host::lane_value<T>(host::exchange(value), lane >= offset ? lane - offset : lane);
 }
+inline int __any_sync(unsigned int, int predicate)
+{
+    const std::uint32_t* values = host::exchange(predicate);
+    return std::any_of(values, values + host::kWarp, [](std::uint32_t value) { return value != 0; });
+}
 inline unsigned int __match_any_sync(unsigned int, unsigned int value)
 {
     const std::uint32_t* values = host::exchange(value);

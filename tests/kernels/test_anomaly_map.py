@@ -125,6 +125,22 @@ def test_levels_count_by_their_weights(host: Host) -> None:
     assert np.abs(maps - oracle(features, SIZE_WH, Scoring())).max() > 0.1
 
 
+@pytest.mark.parametrize("probability", [False, True])
+def test_what_is_in_a_level_of_weight_zero_has_no_say(host: Host, probability: bool) -> None:
+    weights = (0.0, 0.0, 0.0) if probability else (0.0, 1.0, 0.0)
+    scoring = Scoring(level_weights=weights, discriminator_weight=2.0 if probability else None)
+    features = make_features(LEVELS, 2, np.float16, probability=probability)
+    expected = oracle(features, SIZE_WH, scoring)
+    for view in range(VIEWS):
+        features[target_name(view, 0)][:] = np.inf
+        features[reconstruction_name(view, 2)][:] = np.nan
+    plan = make_plan(features, scoring=scoring)
+    maps, scores = host.anomaly_map(features, plan)
+    assert np.abs(maps - expected).max() <= 2 * TIGHT
+    np.testing.assert_array_equal(scores, maps.max(axis=(1, 2)))
+    assert len(plan.levels) == (0 if probability else 1)
+
+
 @pytest.mark.parametrize("weights", [None, (0.0, 2.5, 0.4)])
 @pytest.mark.parametrize("dtype", [np.float16, np.float32])
 def test_what_a_discriminator_found_is_one_more_level(host: Host, dtype: type, weights: Any) -> None:

@@ -48,7 +48,8 @@ def benchmark(driver: FakeDriver, monkeypatch: pytest.MonkeyPatch) -> Any:
         "REPEATS": 1,
         "GRAPH_LAUNCHES": 1,
         "HOST_REPEATS": 1,
-        "L2_BYTES": 0,
+        "WARM_UP_S": 0.0,
+        "l2_bytes": lambda _torch: 0,
         "copy_bandwidth": lambda _torch: 1e9,
         "time_torch": lambda *_: {"median_us": 30.0, "min_us": 20.0},
     }

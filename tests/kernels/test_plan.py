@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from recontrast_edge import kernels
 from recontrast_edge.errors import InputError, ModelError
 from recontrast_edge.kernels import KERNELS, AnomalyMapParams, AnomalyMapPlan, PreprocessParams, PreprocessPlan
+from recontrast_edge.resample import fold_matrix
 from recontrast_edge.scoring import VIEWS, reconstruction_name, target_name
 from recontrast_edge.spec import InputSpec, Level, ModelSpec, Roi, Scoring
 from tests.kernels.host import Host, kernel_folder
@@ -51,6 +52,10 @@ def test_source_and_plan_agree_on_every_constant(host: Host) -> None:
         kernels._SUMS,
         kernels._UNROLL,
         kernels.THREADS,
+        kernels.FOLD_THREADS,
+        kernels.FOLD_COLUMNS,
+        kernels.FOLD_ROWS,
+        kernels.FOLD_TAPS,
         *kernels.TILE_WH,
         kernels.TOP_THREADS,
         kernels.BINS,
@@ -61,7 +66,9 @@ def test_source_and_plan_agree_on_every_constant(host: Host) -> None:
         plan(scoring=Scoring(rule="top")).launches(1)[-1].shared_bytes,
         level.channels.offset,
         level.first_block.offset,
+        level.tile_columns.offset,
         AnomalyMapParams.map.offset,
+        AnomalyMapParams.max_key.offset,
         AnomalyMapParams.top_count.offset,
         PreprocessParams.source_pitch.offset,
         PreprocessParams.channel.offset,
@@ -152,13 +159,29 @@ def test_parts_of_the_workspace_do_not_overlap() -> None:
 
 
 @pytest.mark.parametrize("sigma", [0.0, 0.5, 4.0, 64.0])
-@pytest.mark.parametrize(("source", "target"), [(1, 7), (3, 8), (16, 256), (64, 256), (56, 224), (9, 9)])
-def test_bands_rise_from_row_to_row(source: int, target: int, sigma: float) -> None:
-    """The kernel takes a tile's columns from its first row's first to its last row's last."""
+@pytest.mark.parametrize(("source", "target"), [(1, 7), (3, 8), (16, 256), (64, 256), (56, 224), (9, 9), (20, 161)])
+def test_a_fold_holds_its_matrices(source: int, target: int, sigma: float) -> None:
+    """Each read back as the kernel reads it: nothing lost, nothing past an edge but zeros."""
     made = plan([(1, source, source)], size_wh=(target, target), scoring=Scoring(blur_sigma=sigma))
-    (band,) = made.row_bands
-    assert (np.diff(band.first) >= 0).all()
-    assert band.first[-1] + band.weights.shape[1] <= source
+    (fold,) = made.folds
+    matrix = fold_matrix(source, target, sigma)
+    rows, columns = np.zeros((2, 2 * target + 200, 2 * source + 200))
+    assert len(fold.rows.weights[0]) % kernels.FOLD_TAPS == fold.column_taps % kernels.FOLD_TAPS == 0
+    for group, (first, weights) in enumerate(zip(fold.rows.first, fold.rows.weights, strict=True)):
+        assert 0 <= first < source
+        rows[4 * group : 4 * group + 4, first : first + len(weights)] = weights.T
+    tile_width, pairs = kernels.TILE_WH[0], kernels.TILE_WH[0] // 2
+    for tile, weights in enumerate(fold.column_weights):
+        assert 0 <= fold.tile_first[tile] < source
+        for pair in range(pairs):
+            offset = fold.column_first[tile, pair]
+            assert 0 <= offset <= fold.tile_columns - fold.column_taps
+            first, x = fold.tile_first[tile] + offset, tile * tile_width + 2 * pair
+            columns[x : x + 2, first : first + fold.column_taps] = weights[:, 2 * pair : 2 * pair + 2].T
+    for found in (rows, columns):
+        np.testing.assert_allclose(found[:target, :source], matrix, atol=1e-7)
+        assert not found[target:].any()
+        assert not found[:, source:].any()
 
 
 def test_batch_outside_the_plan_is_refused() -> None:
