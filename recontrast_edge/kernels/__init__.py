@@ -52,11 +52,13 @@ FOLD_ROWS = 4
 FOLD_TAPS = 4
 TILE_WH = (64, 16)
 TOP_THREADS = 512
+TOP_BLOCKS = 16
 BINS = 2048
 
 _SUMS = 3
 _UNROLL = 4
 _WARP = 32
+_TOP_SEGMENTS = TOP_BLOCKS * TOP_THREADS // _WARP
 _LOAD_BYTES = 16
 _ALIGNMENT = 256
 """Of each part of workspace and constants, in bytes."""
@@ -115,12 +117,15 @@ class AnomalyMapParams(ctypes.Structure):
         ("max_key", ctypes.c_void_p),
         ("arrivals", ctypes.c_void_p),
         ("histogram", ctypes.c_void_p),
+        ("candidates", ctypes.c_void_p),
+        ("candidate_counts", ctypes.c_void_p),
         ("levels", ctypes.c_int),
         ("fold_columns", ctypes.c_int),
         ("fold_taps", ctypes.c_int),
         ("map_height", ctypes.c_int),
         ("map_width", ctypes.c_int),
         ("top_count", ctypes.c_int),
+        ("segment_pixels", ctypes.c_int),
     ]
 
 
@@ -398,12 +403,19 @@ class AnomalyMapPlan:
             layout.add(f"arrivals{index}", 4 * tiles)
             layout.add(f"partials{index}", 4 * tiles * level.parts * _SUMS * level.tile_pixels)
             layout.add(f"distances{index}", 4 * self.max_batch * level.height * level.width)
+        layout.add("map_arrivals", 4 * self.max_batch)
         if self.scoring.rule == "max":
             layout.add("max_key", 4 * self.max_batch)
-            layout.add("map_arrivals", 4 * self.max_batch)
         else:
             layout.add("histogram", 4 * self.max_batch * BINS)
+            layout.add("candidates", 4 * self.max_batch * _TOP_SEGMENTS * self._segment_pixels)
+            layout.add("candidate_counts", 4 * self.max_batch * _TOP_SEGMENTS)
         return layout
+
+    @property
+    def _segment_pixels(self) -> int:
+        """Of the map, for each warp of ``top_score``."""
+        return _round_up(-(-self.size_wh[0] * self.size_wh[1] // _TOP_SEGMENTS), _WARP)
 
     @property
     def workspace_bytes(self) -> int:
@@ -426,8 +438,9 @@ class AnomalyMapPlan:
         tiles = (-(-width // TILE_WH[0]), -(-height // TILE_WH[1]))
         launches.append(Launch("fold_map", (*tiles, batch), (FOLD_THREADS, 1, 1), self._fold_shared_bytes))
         if self.scoring.rule == "top":
-            warps = TOP_THREADS // _WARP
-            launches.append(Launch("top_score", (batch, 1, 1), (TOP_THREADS, 1, 1), 4 * (BINS + 2 * warps + 2)))
+            # TopShared.
+            shared_bytes = 4 * (BINS + _TOP_SEGMENTS + 2 * TOP_THREADS // _WARP + 3)
+            launches.append(Launch("top_score", (TOP_BLOCKS, batch, 1), (TOP_THREADS, 1, 1), shared_bytes))
         return launches
 
     def params(
@@ -497,11 +510,13 @@ class AnomalyMapPlan:
         params.fold_taps = self._fold_taps
         params.map = map_pointer
         params.score = score_pointer
+        params.arrivals = workspace("map_arrivals")
         if self.scoring.rule == "max":
             params.max_key = workspace("max_key")
-            params.arrivals = workspace("map_arrivals")
         else:
-            params.histogram = workspace("histogram")
+            for name in ("histogram", "candidates", "candidate_counts"):
+                setattr(params, name, workspace(name))
+            params.segment_pixels = self._segment_pixels
         params.levels = len(self.folds)
         params.map_width, params.map_height = self.size_wh
         params.top_count = top_count(self.size_wh[0] * self.size_wh[1], self.scoring)

@@ -25,6 +25,9 @@ constexpr int kFoldTaps = 4;  // loads that a fold thread has in flight of each 
 constexpr int kTileWidth = kWarp * kFoldColumns;  // map pixels of a fold block
 constexpr int kTileHeight = kFoldThreads / kWarp * kFoldRows;
 constexpr int kTopThreads = 512;
+constexpr int kTopBlocks = 16;  // an image
+constexpr int kTopWarps = kTopThreads / kWarp;
+constexpr int kTopSegments = kTopBlocks * kTopWarps;  // parts of a map, one a warp
 constexpr int kTopLoads = 8;  // map pixels a thread of top_score has in flight
 constexpr int kBins = 2048;
 constexpr int kDigits = 3;  // of a key, upper first: 11, 11 and 10 bits
@@ -65,15 +68,18 @@ struct AnomalyMapParams {
     // For each tile along the width: (column_taps of all levels, kTileWidth) weights, then (levels, kWarp) whole numbers,
     // the first column of d_l that a thread's pixels take, counted from the tile's.
     const float4* columns;
-    unsigned int* max_key;  // (N), zero between launches
+    unsigned int* max_key;  // (N), zero between launches; as the next, only for the rule "max"
     unsigned int* arrivals;  // (N), zero between launches
-    unsigned int* histogram;  // (N, kBins), zero between launches; null for the rule "max"
+    unsigned int* histogram;  // (N, kBins), zero between launches; null for the rule "max", as the next ones
+    unsigned int* candidates;  // (N, kTopSegments, segment_pixels): keys of each segment that may belong to the top
+    unsigned int* candidate_counts;  // (N, kTopSegments)
     int levels;
     int fold_columns;  // tile_columns of all levels
     int fold_taps;  // column_taps of all levels
     int map_height;
     int map_width;
     int top_count;
+    int segment_pixels;  // a multiple of kWarp
 };
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -526,10 +532,12 @@ extern "C" __global__ void __launch_bounds__(kFoldThreads, 8) fold_map(const __g
 
 struct TopShared {
     unsigned int histogram[kBins];
-    unsigned int warp_counts[kTopThreads / kWarp];
-    float warp_sums[kTopThreads / kWarp];
+    unsigned int candidate_counts[kTopSegments];
+    unsigned int warp_counts[kTopWarps];
+    float warp_sums[kTopWarps];
     unsigned int bin;
     unsigned int wanted;
+    int is_last;
 };
 
 // The bin that holds the `wanted`-th largest key, and how many are wanted of that bin, -> shared.bin, shared.wanted.
@@ -571,15 +579,16 @@ __device__ __forceinline__ void find_bin(TopShared& shared, unsigned int wanted)
     __syncthreads();
 }
 
-// The keys of kTopLoads pixels from `start` on, a block's width apart; 0 past the end.
-__device__ __forceinline__ void load_keys(const float* map, int start, int pixels, unsigned int (&keys)[kTopLoads])
+// The keys of kTopLoads pixels of each lane from `start` on, a warp's width apart; 0 from `end` on.
+__device__ __forceinline__ void load_keys(const float* map, int start, int end, unsigned int (&keys)[kTopLoads])
 {
-    if (start + kTopLoads * kTopThreads <= pixels) {
+    const int first = start + threadIdx.x % kWarp;
+    if (start + kTopLoads * kWarp <= end) {
         // Apart from the comparisons with the end, between which the loads would wait for each other.
         float value[kTopLoads];
 #pragma unroll
         for (int i = 0; i < kTopLoads; ++i) {
-            value[i] = map[start + i * kTopThreads + threadIdx.x];
+            value[i] = map[first + i * kWarp];
         }
 #pragma unroll
         for (int i = 0; i < kTopLoads; ++i) {
@@ -589,42 +598,100 @@ __device__ __forceinline__ void load_keys(const float* map, int start, int pixel
     }
 #pragma unroll
     for (int i = 0; i < kTopLoads; ++i) {
-        const int pixel = start + i * kTopThreads + threadIdx.x;
-        keys[i] = pixel < pixels ? key_of(map[pixel]) : 0;
+        keys[i] = first + i * kWarp < end ? key_of(map[first + i * kWarp]) : 0;
     }
 }
 
-// Grid: (N). fold_map has counted the upper digit; two passes count the others, one more adds up what lies above.
+// This warp's keys whose upper digit is `bin` or above -> its segment of the candidates, in the order of the pixels, so
+// that sums of them are the same in every run.
+__device__ __forceinline__ void collect(const AnomalyMapParams& params, int image, int segment, unsigned int bin)
+{
+    const int lane = threadIdx.x % kWarp;
+    const int pixels = params.map_height * params.map_width;
+    const float* map = params.map + static_cast<size_t>(image) * pixels;
+    const int end = min((segment + 1) * params.segment_pixels, pixels);
+    const size_t slot = static_cast<size_t>(image) * kTopSegments + segment;
+    unsigned int* candidates = params.candidates + slot * params.segment_pixels;
+    unsigned int collected = 0;
+    for (int start = segment * params.segment_pixels; start < end; start += kTopLoads * kWarp) {
+        unsigned int keys[kTopLoads];
+        load_keys(map, start, end, keys);
+#pragma unroll
+        for (int i = 0; i < kTopLoads; ++i) {
+            // No pixel has key 0.
+            const bool is_candidate = keys[i] != 0 && digit_of(keys[i], 0) >= bin;
+            const unsigned int lanes = __ballot_sync(kAllLanes, is_candidate);
+            if (is_candidate) {
+                candidates[collected + __popc(lanes & ((1u << lane) - 1u))] = keys[i];
+            }
+            collected += __popc(lanes);
+        }
+    }
+    if (lane == 0) {
+        params.candidate_counts[slot] = collected;
+    }
+}
+
+// Calls `visit` with each candidate of the image, 0 for lanes that have none; all lanes of a warp together.
+template <typename Visit>
+__device__ __forceinline__ void for_candidates(
+    const AnomalyMapParams& params, const TopShared& shared, int image, Visit visit)
+{
+    const unsigned int* candidates =
+        params.candidates + static_cast<size_t>(image) * kTopSegments * params.segment_pixels;
+    for (int segment = threadIdx.x / kWarp; segment < kTopSegments; segment += kTopWarps) {
+        const unsigned int* own = candidates + static_cast<size_t>(segment) * params.segment_pixels;
+        const unsigned int there = shared.candidate_counts[segment];
+        for (unsigned int start = 0; start < there; start += kWarp) {
+            const unsigned int at = start + threadIdx.x % kWarp;
+            // From L2, where the other blocks' writes are.
+            visit(at < there ? __ldcg(own + at) : 0u);
+        }
+    }
+}
+
+// Grid: (kTopBlocks, N). fold_map has counted the upper digit. Every warp collects the candidates of its part of the map;
+// the last block to arrive counts the other digits among them, in two passes, and adds up in a third.
 extern "C" __global__ void __launch_bounds__(kTopThreads) top_score(const __grid_constant__ AnomalyMapParams params)
 {
     TopShared& shared = *static_cast<TopShared*>(block_memory());
-    const int image = blockIdx.x;
-    const int pixels = params.map_height * params.map_width;
-    const float* map = params.map + static_cast<size_t>(image) * pixels;
+    const int image = blockIdx.y;
     unsigned int* counted = params.histogram + image * kBins;
-    unsigned int keys[kTopLoads];
 
     for (int bin = threadIdx.x; bin < kBins; bin += kTopThreads) {
         shared.histogram[bin] = counted[bin];
-        counted[bin] = 0;
     }
     __syncthreads();
     find_bin(shared, params.top_count);
     unsigned int prefix = shared.bin;
     unsigned int wanted = shared.wanted;
+    collect(params, image, blockIdx.x * kTopWarps + threadIdx.x / kWarp, prefix);
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        // As in `distance`: what the block has collected is visible before it says that it has arrived.
+        __threadfence();
+        shared.is_last = atomicInc(params.arrivals + image, kTopBlocks - 1) == kTopBlocks - 1;
+        __threadfence();
+    }
+    __syncthreads();
+    if (!shared.is_last) {
+        return;
+    }
+    for (int bin = threadIdx.x; bin < kBins; bin += kTopThreads) {
+        counted[bin] = 0;
+    }
+    for (int segment = threadIdx.x; segment < kTopSegments; segment += kTopThreads) {
+        shared.candidate_counts[segment] = __ldcg(params.candidate_counts + image * kTopSegments + segment);
+    }
     for (int digit = 1; digit < kDigits; ++digit) {
         const int prefix_shift = digit == 1 ? 21 : 10;
         for (int bin = threadIdx.x; bin < kBins; bin += kTopThreads) {
             shared.histogram[bin] = 0;
         }
         __syncthreads();
-        for (int start = 0; start < pixels; start += kTopLoads * kTopThreads) {
-            load_keys(map, start, pixels, keys);
-#pragma unroll
-            for (int i = 0; i < kTopLoads; ++i) {
-                count(shared.histogram, digit_of(keys[i], digit), keys[i] != 0 && keys[i] >> prefix_shift == prefix);
-            }
-        }
+        for_candidates(params, shared, image, [&](unsigned int key) {
+            count(shared.histogram, digit_of(key, digit), key != 0 && key >> prefix_shift == prefix);
+        });
         __syncthreads();
         find_bin(shared, wanted);
         prefix = prefix << (digit == 1 ? 11 : 10) | shared.bin;
@@ -633,13 +700,7 @@ extern "C" __global__ void __launch_bounds__(kTopThreads) top_score(const __grid
 
     // `prefix` is now the smallest key of the top; `wanted` of the pixels that have it belong to the top.
     float sum = 0.0f;
-    for (int start = 0; start < pixels; start += kTopLoads * kTopThreads) {
-        load_keys(map, start, pixels, keys);
-#pragma unroll
-        for (int i = 0; i < kTopLoads; ++i) {
-            sum += keys[i] > prefix ? value_of(keys[i]) : 0.0f;
-        }
-    }
+    for_candidates(params, shared, image, [&](unsigned int key) { sum += key > prefix ? value_of(key) : 0.0f; });
 #pragma unroll
     for (int offset = kWarp / 2; offset > 0; offset /= 2) {
         sum += __shfl_xor_sync(kAllLanes, sum, offset);
@@ -650,7 +711,7 @@ extern "C" __global__ void __launch_bounds__(kTopThreads) top_score(const __grid
     __syncthreads();
     if (threadIdx.x == 0) {
         float total = static_cast<float>(wanted) * value_of(prefix);
-        for (int warp = 0; warp < kTopThreads / kWarp; ++warp) {
+        for (int warp = 0; warp < kTopWarps; ++warp) {
             total += shared.warp_sums[warp];
         }
         params.score[image] = total / params.top_count;

@@ -166,7 +166,11 @@ inline T __ldcs(const T* address)
 {
     return host::aligned_load(address);
 }
-inline float __ldcg(const float* address) { return *address; }
+template <typename T>
+inline T __ldcg(const T* address)
+{
+    return *address;
+}
 
 inline unsigned int atomicAdd(unsigned int* address, unsigned int value)
 {
@@ -200,6 +204,15 @@ inline int __any_sync(unsigned int, int predicate)
 {
     const std::uint32_t* values = host::exchange(predicate);
     return std::any_of(values, values + host::kWarp, [](std::uint32_t value) { return value != 0; });
+}
+inline unsigned int __ballot_sync(unsigned int, int predicate)
+{
+    const std::uint32_t* values = host::exchange(predicate);
+    unsigned int lanes = 0;
+    for (int lane = 0; lane < host::kWarp; ++lane) {
+        lanes |= static_cast<unsigned int>(values[lane] != 0) << lane;
+    }
+    return lanes;
 }
 inline unsigned int __match_any_sync(unsigned int, unsigned int value)
 {

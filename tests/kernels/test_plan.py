@@ -58,6 +58,8 @@ def test_source_and_plan_agree_on_every_constant(host: Host) -> None:
         kernels.FOLD_TAPS,
         *kernels.TILE_WH,
         kernels.TOP_THREADS,
+        kernels.TOP_BLOCKS,
+        kernels._TOP_SEGMENTS,
         kernels.BINS,
         kernels.THREADS,
         ctypes.sizeof(level),
@@ -69,7 +71,7 @@ def test_source_and_plan_agree_on_every_constant(host: Host) -> None:
         level.tile_columns.offset,
         AnomalyMapParams.map.offset,
         AnomalyMapParams.max_key.offset,
-        AnomalyMapParams.top_count.offset,
+        AnomalyMapParams.segment_pixels.offset,
         PreprocessParams.source_pitch.offset,
         PreprocessParams.channel.offset,
         PreprocessParams.blue_u.offset,
@@ -146,11 +148,14 @@ def test_parts_of_the_workspace_do_not_overlap() -> None:
                 (at.partials, 4 * tiles * level.parts * 3 * level.tile_pixels),
                 (at.distances, 4 * 3 * level.height * level.width),
             ]
+        spans += [(params.arrivals, 12)]
         if rule == "max":
-            spans += [(params.max_key, 12), (params.arrivals, 12)]
+            spans += [(params.max_key, 12)]
             assert params.histogram is None
         else:
-            spans += [(params.histogram, 4 * 3 * kernels.BINS)]
+            segments = 3 * kernels._TOP_SEGMENTS
+            spans += [(params.histogram, 4 * 3 * kernels.BINS), (params.candidate_counts, 4 * segments)]
+            spans += [(params.candidates, 4 * segments * params.segment_pixels)]
         ends = [1 << 20]
         for start, size in sorted(spans):
             assert start >= ends[-1]
