@@ -75,8 +75,8 @@ class PlanInfo(Record):
     """Of the model, with the threshold of this engine once it was calibrated."""
     flavor: Flavor
     """The library that built the plan, and the only one that can run it."""
-    library_version: Annotated[str, Field(pattern=r"^\d+(\.\d+){1,3}$")]
-    """For example 10.3.0.26."""
+    library_version: Annotated[str, Field(pattern=r"^\d+(\.\d+){1,3}(\.post\d+)?$")]
+    """For example 10.3.0.26 or 10.13.3.9.post1."""
     compute_capability: Annotated[str, Field(pattern=r"^\d{1,2}\.\d$")] | None
     """Of the GPU architecture that the plan is bound to, for example 8.7; null: portable, TensorRT for RTX only."""
     gpu: Text | None

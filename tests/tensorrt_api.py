@@ -68,7 +68,7 @@ def api(package: ModuleType) -> dict[str, Any]:
 
 def refusals(package: ModuleType) -> dict[str, str]:
     """What the project says where the library does not start."""
-    from recontrast_edge.engines.tensorrt import _logger
+    from recontrast_edge.engines.tensorrt import library_logger
     from recontrast_edge.errors import RecontrastError
     from recontrast_export.trt import Library
 
@@ -78,7 +78,7 @@ def refusals(package: ModuleType) -> dict[str, str]:
     except RecontrastError as error:
         said["build"] = str(error)
     try:
-        package.Runtime(_logger(package))
+        package.Runtime(library_logger(package))
     except TypeError as error:
         said["runtime"] = str(error)
     return said

@@ -63,6 +63,10 @@ CALLS: dict[str, tuple[str, ...] | None] = {
     "ParserError.desc": (),
     "INetworkDefinition.num_layers": None,
     "INetworkDefinition.get_layer": ("int",),
+    "INetworkDefinition.num_inputs": None,
+    "INetworkDefinition.get_input": ("int",),
+    "INetworkDefinition.num_outputs": None,
+    "INetworkDefinition.get_output": ("int",),
     "ILayer.name": None,
     "ILayer.type": None,
     "ILayer.num_inputs": None,
@@ -72,6 +76,7 @@ CALLS: dict[str, tuple[str, ...] | None] = {
     "ITensor.name": None,
     "ITensor.dtype": None,
     "ITensor.shape": None,
+    "ITensor.allowed_formats": None,
     "IBuilderConfig.add_optimization_profile": ("IOptimizationProfile",),
     "IBuilderConfig.set_memory_pool_limit": ("MemoryPoolType", "int"),
     "IBuilderConfig.profiling_verbosity": None,
@@ -193,6 +198,9 @@ def test_every_value_exists(apis: dict[str, dict[str, Any]]) -> None:
         for name, members in [*MEMBERS.items(), *(MEMBERS_OF_RTX.items() if is_rtx else ())]:
             assert members <= set(found["api"][name]["members"]), (version, name)
         assert {"ERROR", "INTERNAL_ERROR", "WARNING", "Severity"} <= set(found["api"]["ILogger"]["signatures"]), version
+        # What is used where it is there; were it renamed, nothing else would say so.
+        has_strict_nans = "STRICT_NANS" in found["api"]["BuilderFlag"]["members"]
+        assert has_strict_nans is not found["version"].startswith("10.3."), version
         if not is_rtx:
             # By these the project tells the two apart.
             assert "DynamicShapesKernelSpecializationStrategy" not in found["api"], version

@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import onnx
@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from recontrast_edge import __version__
 from recontrast_edge.datasets import Sample, find_dataset
-from recontrast_edge.engines import Engine, open_engine
+from recontrast_edge.engines import Engine, Inference, open_engine
 from recontrast_edge.engines.onnx import OnnxEngine
 from recontrast_edge.errors import MissingError, ModelError, OutputError, UsageError
 from recontrast_edge.images import atomic_write
@@ -44,7 +44,7 @@ from recontrast_edge.tiling import canvas, tiles
 from recontrast_export.budget import Budget
 from recontrast_export.emulation import with_float16_rounding
 from recontrast_export.parity import (
-    FP32_TOLERANCE,
+    GPU_FP32_TOLERANCE,
     ParityReport,
     ParitySet,
     Tolerance,
@@ -58,7 +58,8 @@ from recontrast_export.proving import Prover, ValidationImages, enforce, read_va
 from recontrast_export.trt import Built, Library, Network, Progress, Settings, compute_capability, load_library
 
 TOLERANCES: dict[Precision, Tolerance] = {
-    "fp32": FP32_TOLERANCE,
+    # Nothing is converted, so that only engines are held to it.
+    "fp32": GPU_FP32_TOLERANCE,
     # Features rounded to 11 bits move a trained model's map by up to 1 % of its range.
     "fp16": Tolerance(map_error=2e-2, tie=2e-2),
     # 8 bits move it by about 10 %. Beyond twice that, what the network finds is no longer what it was trained to find.
@@ -150,8 +151,8 @@ def build_engine(
 
     Raises:
         UsageError: options that do not fit each other, the model or the machine.
-        MissingError: TensorRT, or the GPU that it needs.
-        ModelError: a damaged model, or one that TensorRT does not take.
+        MissingError: TensorRT, or the GPU that it needs; or a compiler for the kernels that run the engine there.
+        ModelError: a damaged model, one that TensorRT does not take, or an engine that fails on the GPU it is for.
         InputError: images that cannot be used.
         CalibrationError: ``good`` are not the images of the model's threshold.
         GateError: the engine would not reproduce the model; nothing was written.
@@ -168,6 +169,11 @@ def build_engine(
     with OnnxEngine(model) as reference, temporary_folder(out) as folder:
         gpu = _local_gpu(library)
         library.check_sm(sm, None if gpu is None else gpu.compute_capability)
+        bound_to = _bound_capability(library, sm, gpu)
+        unrun = _why_not_run(bound_to, gpu)
+        must_run = unrun is None and _must_run(library, bound_to, gpu)
+        if must_run:
+            _require_kernels()
         spec = reference.spec.with_threshold(None)
         source = onnx.load(model)
         made = read_quantisation(model)
@@ -184,7 +190,14 @@ def build_engine(
         is_source = precision == "fp32" or converted.model is source
         content = converted.model.SerializeToString(deterministic=True)
         network = library.parse(content)
+        if unrun is None or not is_source:
+            gate.run_reference()
         graph_parity, graph_proof = (None, None) if is_source else gate.check_graph(content)
+        has_map = any(output.name == MAP_NAME for output in converted.model.graph.output)
+        conversion = converted.record if made is None else made.conversion
+        # TensorRT leaves out what it has no memory for, and on a Jetson the GPU's memory is this process's.
+        reference.close()
+        del source, converted, content, tensors
         cache_file = (timing_cache or out.with_name(f"{out.name}.timing")) if library.has_timing_cache else None
         settings = Settings(
             batch=batch,
@@ -197,20 +210,22 @@ def build_engine(
         )
         built = library.build(network, settings, progress)
         notes = [] if cache_file is None else _keep_cache(cache_file, built)
+        if built.memory_warnings:
+            notes.append(_short_of_memory(built.memory_warnings, library, workspace_mib, cache_file))
         info = PlanInfo(
             spec=spec,
             flavor=library.flavor,
             library_version=library.version,
-            compute_capability=_bound_capability(library, sm, gpu),
+            compute_capability=bound_to,
             gpu=None if gpu is None else gpu.name,
             precision=precision,
-            head="map" if any(output.name == MAP_NAME for output in converted.model.graph.output) else "features",
+            head="map" if has_map else "features",
             batch=batch,
             plan_sha256=hashlib.sha256(built.plan).hexdigest(),
             onnx=model.name,
             onnx_sha256=reference.sha256,
             calibration=scales.record if scales is not None else None if made is None else made.calibration,
-            conversion=converted.record if made is None else made.conversion,
+            conversion=conversion,
             parity=Parity(graph=graph_parity, engine=None, note="not run yet"),
             software={
                 "recontrast-edge": __version__,
@@ -219,9 +234,10 @@ def build_engine(
                 library.flavor: library.version,
             },
         )
-        unrun = _why_not_run(info, gpu)
         if unrun is None and gpu is not None:
-            engine_parity, engine_proof, threshold, unrun = gate.check_plan(info, built.plan, gpu, promised)
+            engine_parity, engine_proof, threshold, unrun = gate.check_plan(
+                info, built.plan, gpu, promised, must_run=must_run
+            )
         else:
             engine_parity = engine_proof = threshold = None
         note = _note(unrun, was_converted=graph_parity is not None)
@@ -240,9 +256,10 @@ def build_engine(
                 "spec": spec.with_threshold(threshold),
             }
         )
-        if layers is not None:
-            _write_layers(layers, info, network, None if gpu is None else library.inspect(built.plan))
         _write_plan(out, info, built.plan)
+        # Only now, so that a report that fails costs nothing but itself.
+        if layers is not None:
+            notes += _write_layers(layers, info, network, library, built.plan if unrun is None else None)
     return Result(info, tuple(notes))
 
 
@@ -268,6 +285,11 @@ class _Gate:
         self._on_parity = on_parity
         self._on_proof = on_proof
         self._prover = None if judged is None else Prover(reference, judged)
+        self._expected: list[Inference] = []
+
+    def run_reference(self) -> None:
+        """Judge the images with the source model, which may be closed afterwards; before any ``check``."""
+        self._expected = [self._reference.infer([entry.image]) for entry in self._on.images]
 
     def check_graph(self, content: bytes) -> tuple[Comparison, Proof | None]:
         """Compare the very graph that the parser was given, on ONNX Runtime, with float16's roundings written out."""
@@ -278,18 +300,22 @@ class _Gate:
             return self._compare(what, engine), self._prove(what, engine)
 
     def check_plan(
-        self, info: PlanInfo, plan: bytes, gpu: Gpu, promised: Sequence[Sample] | None
+        self, info: PlanInfo, plan: bytes, gpu: Gpu, promised: Sequence[Sample] | None, *, must_run: bool
     ) -> tuple[Comparison | None, Proof | None, Threshold | None, str | None]:
-        """Compare the engine itself, and derive its threshold from the promised images; else why it was not run."""
+        """Compare the engine itself, and derive its threshold from the promised images; else why it was not run.
+
+        Args:
+            must_run: an engine that cannot be opened is an error; else it need not fit this GPU.
+        """
         path = self._folder / "engine.plan"
         _write_plan(path, info, plan)
         try:
             engine = open_engine(path)
         except (ModelError, MissingError) as error:
-            # A portable engine need not fit the GPU that happens to be here.
-            if info.compute_capability is None:
-                return None, None, None, str(error)[:500]
-            raise
+            if must_run:
+                raise
+            listed = f"{info.flavor} does not promise to run portable engines on {gpu.compute_capability}"
+            return None, None, None, f"{listed}, and here it does not ({str(error)[:500]})"
         what = f"{self._precision} engine on {gpu.name}"
         with engine:
             compared, proof = self._compare(what, engine), self._prove(what, engine)
@@ -300,7 +326,8 @@ class _Gate:
 
     def _compare(self, what: str, candidate: Engine) -> Comparison:
         tolerance = TOLERANCES[self._precision]
-        report = compare(self._reference.infer, candidate.infer, self._on)
+        expected = iter(self._expected)
+        report = compare(lambda _: next(expected), candidate.infer, self._on)
         if self._on_parity is not None:
             self._on_parity(what, report, tolerance)
         report.enforce(tolerance)
@@ -333,13 +360,44 @@ def _network_inputs(images: Sequence[Image], spec: InputSpec) -> list[NDArray[np
     ]
 
 
-def _why_not_run(info: PlanInfo, gpu: Gpu | None) -> str | None:
-    """Why this machine cannot run the engine; None where it may."""
+def _why_not_run(bound_to: str | None, gpu: Gpu | None) -> str | None:
+    """Why this machine cannot run an engine bound to this compute capability, None for portable; None where it may."""
     if gpu is None:
         return "this machine has no GPU that is usable from Python"
-    if info.compute_capability not in (None, gpu.compute_capability):
+    if bound_to not in (None, gpu.compute_capability):
         return f"this machine's GPU has compute capability {gpu.compute_capability}"
     return None
+
+
+def _must_run(library: Library, bound_to: str | None, gpu: Gpu | None) -> bool:
+    """Whether the GPU is one that the engine is for; a portable one is only tried on all others."""
+    return gpu is not None and (bound_to is not None or library.runs_portable(gpu.compute_capability))
+
+
+def _require_kernels() -> None:
+    """What every engine runs with, whatever its head. Without it the engine's check would fail, after the build.
+
+    Raises:
+        MissingError, ModelError: see ``load_kernels``.
+    """
+    from recontrast_edge.cuda import open_device
+    from recontrast_edge.kernels.launcher import load_kernels
+
+    with open_device() as device, device.current():
+        load_kernels(device).close()
+
+
+def _short_of_memory(warnings: int, library: Library, workspace_mib: int | None, cache: Path | None) -> str:
+    more = "close other programs or give a smaller --batch"
+    if workspace_mib is not None:
+        more += f" or a larger --workspace-mib than {workspace_mib}"
+    # Layers that it knows are not timed again, with what was left out of them.
+    if cache is not None:
+        more += f", delete {cache}"
+    return (
+        f"{library.flavor} warned {warnings} times that memory was too short to try an implementation of a layer, so "
+        f"the engine may be slower than it could be: {more} and build again."
+    )
 
 
 def _note(unrun: str | None, *, was_converted: bool) -> str:
@@ -387,7 +445,8 @@ def _local_gpu(library: Library) -> Gpu | None:
     except MissingError as error:
         if library.is_portable:
             return None
-        raise MissingError(
+        # A GPU that is not ready stays one that may be later.
+        raise type(error)(
             f"{library.flavor} builds for the GPU of this machine, by timing kernels on it: {error}"
         ) from None
 
@@ -439,7 +498,14 @@ def _keep_cache(path: Path, built: Built) -> list[str]:
     return [f"{path} was damaged, or of another version or GPU; it was not used, and begun again."]
 
 
-def _write_layers(path: Path, info: PlanInfo, network: Network, engine: Any | None) -> None:
+def _write_layers(path: Path, info: PlanInfo, network: Network, library: Library, plan: bytes | None) -> list[str]:
+    """Write the report; ``plan`` is None where it cannot be run. Returns what the user should know."""
+    engine, notes = None, []
+    if plan is not None:
+        try:
+            engine = library.inspect(plan)
+        except ModelError as error:
+            notes.append(f"{path} has no layers of the engine: {error}.")
     report = {
         "format": LAYERS_FORMAT,
         "version": LAYERS_VERSION,
@@ -448,6 +514,7 @@ def _write_layers(path: Path, info: PlanInfo, network: Network, engine: Any | No
         "engine": engine,
     }
     _write(path, (json.dumps(report, indent=1) + "\n").encode())
+    return notes
 
 
 def _write_plan(path: Path, info: PlanInfo, plan: bytes) -> None:

@@ -11,6 +11,7 @@ What differs:
 * TensorRT builds for the GPU of this machine, by timing kernels on it, and a timing cache keeps the times. RTX builds
   without a GPU, portable or for one architecture; a timing cache has no use there, and using one asks for a GPU.
 * RTX engines allocate memory while they run unless they are told not to, and then cannot be captured as a CUDA graph.
+* TensorRT 10.3 cannot be told to leave NaN and infinity as they are.
 
 Python API: NVIDIA's references of TensorRT 10.3, 11 ("Removed Python APIs and Replacements") and RTX 1.7.
 """
@@ -20,12 +21,15 @@ from __future__ import annotations
 import json
 import re
 import threading
+from collections.abc import Iterator
 from concurrent.futures import Future, wait
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
 from typing import Any, Literal, Protocol
 
+from recontrast_edge.engines.tensorrt import library_logger
 from recontrast_edge.errors import MissingError, ModelError, UsageError
 from recontrast_edge.plan import FLAVOR_MODULES, Flavor
 from recontrast_edge.scoring import INPUT_NAME
@@ -35,6 +39,9 @@ OLDEST: dict[Flavor, tuple[int, int]] = {"tensorrt": (10, 3), "tensorrt-rtx": (1
 
 
 _INTERRUPT_POLL_S = 0.1
+
+# "Insufficient" alone is also said of drivers. Some versions spell it with one f.
+_SHORT_OF_MEMORY = re.compile(r"Tactic Device request|insuff?icient memory", re.IGNORECASE)
 
 
 class Progress(Protocol):
@@ -76,11 +83,13 @@ class Built:
         plan: the serialised engine.
         timing_cache: content of the cache afterwards; None if there was to be none.
         cache_ignored: the cache that was given is damaged, or of another version or GPU, and was not used.
+        memory_warnings: how often the library said that it skips an implementation of a layer for lack of memory.
     """
 
     plan: bytes
     timing_cache: bytes | None = None
     cache_ignored: bool = False
+    memory_warnings: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,7 +133,7 @@ def _tensor(tensor: Any) -> dict[str, Any]:
 
 
 class Library:
-    """One of the two libraries, with one logger: it takes no second one in a process.
+    """One of the two libraries, with one logger: a second one is ignored as long as a builder has the first.
 
     Args:
         flavor: which.
@@ -172,6 +181,15 @@ class Library:
                 f"{local_capability or 'unknown'}; run the build on the device itself, without --sm"
             )
 
+    def runs_portable(self, local_capability: str) -> bool:
+        """Whether NVIDIA means portable engines to run on a GPU of this compute capability, such as ``8.9``.
+
+        That is 8.0, 8.6, 8.9, as far as this version knows them, 12.0 and later ("CPU-Only AOT and TensorRT-RTX
+        Engines" in NVIDIA's documentation of TensorRT for RTX); 7.5 needs an engine of its own.
+        """
+        major, minor = map(int, local_capability.split("."))
+        return major >= 12 or (major >= 8 and 10 * major + minor in self._architectures())
+
     def _architectures(self) -> list[int]:
         names = (re.fullmatch(r"SM(\d+)", name) for name in dir(self.trt.ComputeCapability))
         return sorted(int(match[1]) for match in names if match)
@@ -185,8 +203,11 @@ class Library:
         Raises:
             ModelError: the library does not start, or the parser does not take the model; names node and operator.
         """
+        with self.logger.collecting():
+            return self._parse(model)
+
+    def _parse(self, model: bytes) -> Network:
         trt = self.trt
-        self.logger.errors.clear()
         try:
             builder = trt.Builder(self.logger)
         except TypeError:
@@ -218,6 +239,10 @@ class Library:
             ModelError: the library gives no engine; with its last errors.
             KeyboardInterrupt: once the library has stopped.
         """
+        with self.logger.collecting():
+            return self._build(network, settings, progress)
+
+    def _build(self, network: Network, settings: Settings, progress: Progress | None) -> Built:
         trt = self.trt
         config = network.builder.create_builder_config()
         self._configure(config, network, settings)
@@ -226,7 +251,6 @@ class Library:
         # Referenced until the build is over: the library keeps no reference of its own.
         monitor = _monitor(trt, progress, cancelled)
         config.progress_monitor = monitor
-        self.logger.errors.clear()
         # In a thread of its own, because signals interrupt only Python code of the main thread, and an exception that
         # they raised in a callback would end the process.
         future: Future[Any] = Future()
@@ -257,7 +281,7 @@ class Library:
             reason = "; ".join(self.logger.errors[-3:]) or "it gives no reason"
             raise ModelError(f"{self.flavor} {self.version} cannot build an engine: {reason}")
         kept = None if cache is None else bytes(config.get_timing_cache().serialize())
-        return Built(bytes(serialized), kept, cache_ignored)
+        return Built(bytes(serialized), kept, cache_ignored, self.logger.memory_warnings)
 
     def _configure(self, config: Any, network: Network, settings: Settings) -> None:
         trt = self.trt
@@ -265,12 +289,22 @@ class Library:
         profile.set_shape(INPUT_NAME, *((batch, *settings.image_chw) for batch in settings.batch))
         if config.add_optimization_profile(profile) < 0:
             raise ModelError(f"{self.flavor} {self.version} does not take batches of {settings.batch}; export it again")
+        # By default the builder may choose any layout, channels last or padded too, and engines take plain NCHW only.
+        definition = network.definition
+        ends = [definition.get_input(index) for index in range(definition.num_inputs)]
+        ends += [definition.get_output(index) for index in range(definition.num_outputs)]
+        for tensor in ends:
+            tensor.allowed_formats = 1 << int(trt.TensorFormat.LINEAR)
         if settings.workspace_mib is not None:
             config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, settings.workspace_mib << 20)
         if settings.detailed:
             config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
         # Else float32 products would be rounded to 10 bits, as many as float16 has: fp32 is what to compare with.
         config.clear_flag(trt.BuilderFlag.TF32)
+        # Else x - x may become 0 where x is NaN, and a network that broke would score like a good part.
+        strict_nans = getattr(trt.BuilderFlag, "STRICT_NANS", None)
+        if strict_nans is not None:
+            config.set_flag(strict_nans)
         user_allocation = getattr(trt.BuilderFlag, "REQUIRE_USER_ALLOCATION", None)
         if user_allocation is not None:
             config.set_flag(user_allocation)
@@ -290,13 +324,28 @@ class Library:
         config.set_timing_cache(cache, False)
         return cache, True
 
-    def inspect(self, plan: bytes) -> Any | None:
-        """The engine's layers as its inspector tells them (its JSON, which differs by version); None without a GPU."""
+    def inspect(self, plan: bytes) -> Any:
+        """The engine's layers as its inspector tells them: its JSON, which differs by version, or text that is none.
+
+        Raises:
+            ModelError: the engine cannot be loaded here, or its inspector tells nothing.
+        """
         trt = self.trt
-        engine = trt.Runtime(self.logger).deserialize_cuda_engine(plan)
-        if engine is None:
-            return None
-        return json.loads(engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON))
+        with self.logger.collecting():
+            try:
+                engine = trt.Runtime(self.logger).deserialize_cuda_engine(plan)
+                inspector = None if engine is None else engine.create_engine_inspector()
+                text = inspector and inspector.get_engine_information(trt.LayerInformationFormat.JSON)
+            # What the library's Python layer makes of an object that it could not create, and of a call that failed.
+            except (TypeError, RuntimeError) as error:
+                raise ModelError(f"{self.flavor} {self.version} does not tell the engine's layers: {error}") from None
+            if not text:
+                reason = "; ".join(self.logger.errors[-3:]) or "it gives no reason"
+                raise ModelError(f"{self.flavor} {self.version} does not tell the engine's layers: {reason}")
+        try:
+            return json.loads(text)
+        except ValueError:
+            return str(text)
 
 
 def compute_capability(sm: int) -> str:
@@ -344,15 +393,36 @@ def _parser_error(error: Any) -> str:
 
 def _logger(trt: Any) -> Any:
     class Logger(trt.ILogger):  # type: ignore[misc]
-        """Keeps what the library says is wrong; what it only remarks is for developers of the library."""
+        """Keeps what the library says is wrong while it builds; what it only remarks is for developers of the library.
+
+        By what the library says, it ignores an engine's logger while a builder has this one; RTX 1.7 does so only in
+        part. What comes here then is handed on to the engine's.
+        """
 
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
             self.errors: list[str] = []
+            self.memory_warnings = 0
+            self._is_collecting = False
+
+        @contextmanager
+        def collecting(self) -> Iterator[None]:
+            """Forget what was kept, and keep what comes in this block."""
+            self.errors.clear()
+            self.memory_warnings = 0
+            self._is_collecting = True
+            try:
+                yield
+            finally:
+                self._is_collecting = False
 
         def log(self, severity: Any, message: str) -> None:
-            if severity in (trt.ILogger.Severity.ERROR, trt.ILogger.Severity.INTERNAL_ERROR):
+            if not self._is_collecting:
+                library_logger(trt).log(severity, message)
+            elif severity in (trt.ILogger.Severity.ERROR, trt.ILogger.Severity.INTERNAL_ERROR):
                 self.errors.append(str(message).strip())
+            elif severity == trt.ILogger.Severity.WARNING and _SHORT_OF_MEMORY.search(message):
+                self.memory_warnings += 1
 
     return Logger()
 

@@ -61,6 +61,12 @@ def test_a_whole_plan_is_read_with_its_sidecar(plan: Path, info: PlanInfo) -> No
     assert verify_plan(plan) == (info, PLAN)
 
 
+@pytest.mark.parametrize("version", ["10.3", "10.3.0.26", "10.13.3.9.post1", "1.7.1.116"])
+def test_the_versions_that_libraries_have_are_taken(plan: Path, version: str) -> None:
+    edit(plan, library_version=version)
+    assert verify_plan(plan)[0].library_version == version
+
+
 @pytest.mark.parametrize("at", [0, 1023, 2047])
 def test_one_flipped_bit_is_refused(plan: Path, at: int) -> None:
     content = bytearray(PLAN)
@@ -106,6 +112,8 @@ def test_a_broken_sidecar_is_refused(plan: Path, content: bytes) -> None:
         ({"compute_capability": "sm87"}, "compute_capability: "),
         ({"compute_capability": None}, "bound to one compute capability"),
         ({"flavor": "tensorflow"}, "flavor: "),
+        ({"library_version": "10.3.0.26.1"}, "library_version: "),
+        ({"library_version": "10.3.post"}, "library_version: "),
         ({"precision": "fp8"}, "precision: "),
         ({"batch": [1, 4, 2]}, "smallest <= optimal <= largest"),
         ({"batch": [0, 1, 1]}, r"batch\.0: "),

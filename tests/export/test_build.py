@@ -6,14 +6,18 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from recontrast_edge import cli
@@ -34,6 +38,7 @@ from recontrast_edge.errors import (
 from recontrast_edge.onnxfile import SPEC_KEY, graph_sha256, read_spec, replace_metadata
 from recontrast_edge.plan import PlanInfo, read_sidecar, sidecar_path, verify_plan
 from recontrast_edge.spec import Threshold
+from tests.edge.fakes_cuda import FakeDriver, install
 from tests.export.calibrated import with_threshold
 
 torch = pytest.importorskip("torch", reason="needs the train extra")
@@ -44,7 +49,7 @@ pytest.importorskip("tensorrt_rtx", reason="needs the tensorrt-rtx extra")
 from recontrast_export import build as build_module  # noqa: E402
 from recontrast_export.build import BUDGETS, TOLERANCES, Gpu, Result, build_engine  # noqa: E402
 from recontrast_export.onnx_export import build_onnx  # noqa: E402
-from recontrast_export.parity import Tolerance  # noqa: E402
+from recontrast_export.parity import GPU_FP32_TOLERANCE, Tolerance  # noqa: E402
 from recontrast_export.precision import (  # noqa: E402
     read_calibration_images,
     to_precision,
@@ -82,6 +87,20 @@ def models(model_of: Any, spec_of: Any, tmp_path_factory: pytest.TempPathFactory
 def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """The tests below say what happens without one, wherever they run."""
     monkeypatch.setattr(build_module, "_local_gpu", lambda library: None)
+
+
+UseGpu = Callable[[str, str], None]
+
+
+@pytest.fixture
+def use_gpu(monkeypatch: pytest.MonkeyPatch) -> UseGpu:
+    """``use_gpu(name, compute_capability)``: this machine has it, and the kernels load there."""
+
+    def use(name: str, compute_capability: str) -> None:
+        monkeypatch.setattr(build_module, "_local_gpu", lambda library: Gpu(name, compute_capability))
+        monkeypatch.setattr(build_module, "_require_kernels", lambda: None)
+
+    return use
 
 
 @pytest.fixture(autouse=True)
@@ -128,6 +147,9 @@ def check_built(path: Path, head: str, precision: Any, good: Path, library: Libr
     assert (share > 0.8) if precision == "int8" else (share == 0)
     check_network(network, model, precision, head, share)
     built = library.build(network, Settings(batch=(1, 2, 4), image_chw=(3, *spec.input.size_wh[::-1])))
+    ends = [network.definition.get_input(0)]
+    ends += [network.definition.get_output(index) for index in range(network.definition.num_outputs)]
+    assert {tensor.allowed_formats for tensor in ends} == {1 << int(library.trt.TensorFormat.LINEAR)}
     assert len(built.plan) > 1_000_000
     return built.plan
 
@@ -179,6 +201,11 @@ def check_types(layers: list[dict[str, Any]], precision: str, head: str) -> None
             assert set(by_layer[kind]) == {"FLOAT"}
     if precision != "int8":
         assert not {"QUANTIZE", "DEQUANTIZE"} & set(by_layer)
+
+
+def test_the_real_library_knows_the_gpus_that_portable_engines_are_for(library: Library) -> None:
+    assert all(map(library.runs_portable, ("8.0", "8.6", "8.9", "12.0", "12.1")))
+    assert not any(map(library.runs_portable, ("7.5", "8.7", "9.0", "10.0")))
 
 
 # --- build_engine ----------------------------------------------------------------------------------------------------
@@ -262,6 +289,42 @@ def test_layers_are_reported(models: Any, tmp_path: Path) -> None:
     assert convolutions[0]["inputs"][0] == {"name": "image", "dtype": "FLOAT", "shape": [-1, 3, 64, 96]}
 
 
+@pytest.mark.parametrize(
+    ("told", "engine", "note"),
+    [
+        ({"Layers": []}, {"Layers": []}, ""),
+        ("{a broken report", "{a broken report", ""),
+        (ModelError("the inspector gives no reason"), None, "has no layers of the engine: the inspector gives no"),
+    ],
+)
+def test_a_report_of_layers_costs_no_engine(
+    told: Any,
+    engine: Any,
+    note: str,
+    models: Any,
+    data_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    use_gpu: UseGpu,
+) -> None:
+    out, layers = tmp_path / "a.plan", tmp_path / "layers.json"
+
+    def inspect(library: Library, plan: bytes) -> Any:
+        assert verify_plan(out)[1] == plan, "the engine is written first"
+        if isinstance(told, ModelError):
+            raise told
+        return told
+
+    FakeEngine.source = models()
+    use_gpu("a test", "8.6")
+    monkeypatch.setattr(build_module, "open_engine", lambda path: FakeEngine(path, 0.0))
+    monkeypatch.setattr(Library, "inspect", inspect)
+    result = build_engine(models(), out, precision="fp32", layers=layers, images=[data_folder])
+    assert json.loads(layers.read_text())["engine"] == engine
+    assert any(note in said for said in result.notes)
+    assert len(result.notes) == (2 if note else 1)
+
+
 class FakeEngine:
     """What a GPU would answer: the results of ``source``, off by a share of the map's range."""
 
@@ -286,10 +349,16 @@ class FakeEngine:
 
 @pytest.mark.parametrize(("off", "passes"), [(1e-4, True), (0.03, False)])
 def test_where_a_gpu_is_the_engine_itself_must_pass(
-    off: float, passes: bool, models: Any, data_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    off: float,
+    passes: bool,
+    models: Any,
+    data_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    use_gpu: UseGpu,
 ) -> None:
     FakeEngine.source = models()
-    monkeypatch.setattr(build_module, "_local_gpu", lambda library: Gpu("a test", "8.6"))
+    use_gpu("a test", "8.6")
     monkeypatch.setattr(build_module, "open_engine", lambda path: FakeEngine(path, off))
     out = tmp_path / "a.plan"
 
@@ -306,6 +375,25 @@ def test_where_a_gpu_is_the_engine_itself_must_pass(
     assert info.parity.engine is not None
     assert info.parity.engine.map_error == pytest.approx(off, rel=0.01)
     assert "was run on this machine's GPU" in info.parity.note
+
+
+def test_an_fp32_engine_is_held_to_what_a_gpu_can_keep(
+    models: Any, data_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, use_gpu: UseGpu
+) -> None:
+    FakeEngine.source = models()
+    use_gpu("a test", "8.6")
+    monkeypatch.setattr(build_module, "open_engine", lambda path: FakeEngine(path, 0.0))
+    seen = []
+    build_engine(
+        models(),
+        tmp_path / "a.plan",
+        precision="fp32",
+        images=[data_folder],
+        on_parity=lambda *report: seen.append(report),
+    )
+    ((what, _, tolerance),) = seen
+    assert what == "fp32 engine on a test"
+    assert tolerance == GPU_FP32_TOLERANCE
 
 
 class LosingEngine(FakeEngine):
@@ -330,10 +418,10 @@ def calibrated(models: Any, good: Path, tmp_path_factory: pytest.TempPathFactory
 
 
 def test_an_engine_that_runs_gets_its_own_proof_and_threshold(
-    calibrated: Path, good: Path, data_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    calibrated: Path, good: Path, data_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, use_gpu: UseGpu
 ) -> None:
     FakeEngine.source = calibrated
-    monkeypatch.setattr(build_module, "_local_gpu", lambda library: Gpu("a test", "8.6"))
+    use_gpu("a test", "8.6")
     monkeypatch.setattr(build_module, "open_engine", lambda path: FakeEngine(path, 1e-4))
     out = tmp_path / "a.plan"
     build_engine(calibrated, out, precision="fp16", validation=data_folder, good=good)
@@ -353,10 +441,10 @@ def test_an_engine_that_runs_gets_its_own_proof_and_threshold(
 
 
 def test_an_engine_that_loses_verdicts_is_refused(
-    calibrated: Path, good: Path, data_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    calibrated: Path, good: Path, data_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, use_gpu: UseGpu
 ) -> None:
     FakeEngine.source = calibrated
-    monkeypatch.setattr(build_module, "_local_gpu", lambda library: Gpu("a test", "8.6"))
+    use_gpu("a test", "8.6")
     monkeypatch.setattr(build_module, "open_engine", lambda path: LosingEngine(path, 0.0))
     monkeypatch.setitem(TOLERANCES, "fp32", Tolerance(map_error=1.0, tie=1.0))
     seen = []
@@ -404,12 +492,12 @@ class TimingLibrary:
 
 
 def test_the_timing_cache_is_kept_beside_the_plan_and_used_again(
-    models: Any, data_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    models: Any, data_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, use_gpu: UseGpu
 ) -> None:
     library, out = TimingLibrary(), tmp_path / "a.plan"
     FakeEngine.source = models()
     monkeypatch.setattr(build_module, "load_library", lambda flavor: library)
-    monkeypatch.setattr(build_module, "_local_gpu", lambda library: Gpu("Orin", "8.7"))
+    use_gpu("Orin", "8.7")
     monkeypatch.setattr(build_module, "open_engine", lambda path: FakeEngine(path, 0.0))
 
     def build(**options: Any) -> Result:
@@ -429,25 +517,164 @@ def test_the_timing_cache_is_kept_beside_the_plan_and_used_again(
     assert library.caches == [b"", b"times", b"damaged", b""]
 
 
-def test_an_engine_for_another_gpu_is_not_run_here(
-    models: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+class TightLibrary(TimingLibrary):
+    """It runs short of memory, and looks at what else is in it."""
+
+    def parse(self, model: bytes) -> Network:
+        self.parsed = [model]
+        return super().parse(model)
+
+    def build(self, network: Network, settings: Settings, progress: Any) -> Built:
+        # The list's reference, and that of the call itself.
+        self.references = sys.getrefcount(self.parsed[0]) - 2
+        self.on_build()
+        return replace(super().build(network, settings, progress), memory_warnings=12)
+
+    def on_build(self) -> None:
+        pass
+
+
+@pytest.fixture
+def tight(models: Any, monkeypatch: pytest.MonkeyPatch, use_gpu: UseGpu) -> TightLibrary:
+    library = TightLibrary()
+    FakeEngine.source = models()
+    monkeypatch.setattr(build_module, "load_library", lambda flavor: library)
+    use_gpu("Orin", "8.7")
+    monkeypatch.setattr(build_module, "open_engine", lambda path: FakeEngine(path, 0.0))
+    return library
+
+
+def test_while_it_builds_the_memory_is_tensorrts(
+    tight: TightLibrary, models: Any, data_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(build_module, "_local_gpu", lambda library: Gpu("a test", "8.6"))
+    graphs: list[Any] = []
+    references: list[OnnxEngine] = []
+    load, convert = onnx.load, to_precision
+
+    def loaded(path: Path) -> Any:
+        graphs.append(load(path))
+        return graphs[-1]
+
+    def converted(*arguments: Any, **options: Any) -> Any:
+        made = convert(*arguments, **options)
+        graphs.append(made.model)
+        return made
+
+    def opened(path: Path) -> OnnxEngine:
+        references.append(OnnxEngine(path))
+        return references[-1]
+
+    def look() -> None:
+        assert len(graphs) == 2
+        assert [sys.getrefcount(graphs[index]) - 2 for index in range(2)] == [0, 0]
+        with pytest.raises(ModelError, match="the engine is closed"):
+            references[0].infer([np.zeros((96, 64, 3), np.uint8)])
+
+    monkeypatch.setattr(onnx, "load", loaded)
+    monkeypatch.setattr(build_module, "to_precision", converted)
+    monkeypatch.setattr(build_module, "OnnxEngine", opened)
+    tight.on_build = look  # type: ignore[method-assign]
+    info = build_engine(models(), tmp_path / "a.plan", precision="fp16", images=[data_folder]).info
+    assert tight.references == 0
+    assert info.parity.graph is not None
+    assert info.parity.engine is not None
+    assert info.parity.engine.map_error == 0.0
+
+
+@pytest.mark.parametrize(
+    ("workspace_mib", "advice"), [(None, r"a smaller --batch, delete"), (64, r"a larger --workspace-mib than 64, del")]
+)
+def test_an_engine_built_with_too_little_memory_may_be_slower(
+    workspace_mib: int | None, advice: str, tight: TightLibrary, models: Any, data_folder: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "a.plan"
+    result = build_engine(models(), out, precision="fp32", images=[data_folder], workspace_mib=workspace_mib)
+    (note,) = (note for note in result.notes if "memory" in note)
+    assert "warned 12 times" in note
+    assert "may be slower" in note
+    assert re.search(rf"{advice}.* {out}\.timing and build again", note)
+
+
+@pytest.mark.parametrize("head", ["features", "map"])
+@pytest.mark.parametrize("compiles", [False, True])
+def test_without_kernels_for_the_gpu_nothing_is_built(
+    compiles: bool, head: str, models: Any, data_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import recontrast_edge.cuda
+    from recontrast_edge.kernels import launcher
+
+    def compiled(capability: tuple[int, int]) -> bytes:
+        if not compiles:
+            raise MissingError("there is no compiler")
+        return b"a cubin"
+
+    library, driver = TimingLibrary(), FakeDriver()
+    install(driver, monkeypatch)
+    real = recontrast_edge.cuda.open_device
+    monkeypatch.setattr(recontrast_edge.cuda, "open_device", lambda: real(binding="cuda-bindings"))
+    # Without a packaged fatbin.
+    monkeypatch.setattr(launcher, "files", lambda package: tmp_path)
+    monkeypatch.setattr(launcher, "compiled_kernels", compiled)
+    monkeypatch.setattr(build_module, "load_library", lambda flavor: library)
+    monkeypatch.setattr(build_module, "open_engine", lambda path: FakeEngine(path, 0.0))
+    FakeEngine.source = models(head=head)
+
+    def build() -> None:
+        build_engine(models(head=head), tmp_path / "a.plan", precision="fp32", images=[data_folder])
+
+    if compiles:
+        build()
+    else:
+        with pytest.raises(MissingError, match="there is no compiler"):
+            build()
+    assert len(library.caches) == compiles, "how often it built"
+    assert driver.live == {}
+
+
+def test_an_engine_for_another_gpu_is_not_run_here(
+    models: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, use_gpu: UseGpu
+) -> None:
+    use_gpu("a test", "8.6")
+    monkeypatch.setattr(build_module, "_require_kernels", lambda: pytest.fail("it is not run"))
     info = build_engine(models(), tmp_path / "a.plan", precision="fp32", sm=89).info
     assert info.parity.engine is None
     assert "GPU has compute capability 8.6" in info.parity.note
 
 
+@pytest.mark.parametrize("error", [ModelError("the GPU failed"), MissingError("no compiler")])
+@pytest.mark.parametrize("capability", ["8.6", "12.1"])
+def test_a_portable_engine_that_fails_on_a_gpu_it_is_for_is_refused(
+    capability: str,
+    error: Exception,
+    models: Any,
+    data_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    use_gpu: UseGpu,
+) -> None:
+    def refuse(path: Path) -> None:
+        raise error
+
+    use_gpu("a test", capability)
+    monkeypatch.setattr(build_module, "open_engine", refuse)
+    with pytest.raises(type(error), match=str(error)):
+        build_engine(models(), tmp_path / "a.plan", precision="fp32", images=[data_folder])
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_portable_engine_that_this_gpu_does_not_run_is_written_with_the_reason(
-    models: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    models: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, use_gpu: UseGpu
 ) -> None:
     def refuse(path: Path) -> None:
         raise ModelError("not for this architecture")
 
-    monkeypatch.setattr(build_module, "_local_gpu", lambda library: Gpu("a test", "9.0"))
+    use_gpu("a test", "9.0")
     monkeypatch.setattr(build_module, "open_engine", refuse)
+    monkeypatch.setattr(build_module, "_require_kernels", lambda: pytest.fail("it is only tried"))
     info = build_engine(models(), tmp_path / "a.plan", precision="fp32").info
-    assert "The engine itself was not run: not for this architecture" in info.parity.note
+    listed = "tensorrt-rtx does not promise to run portable engines on 9.0"
+    expected = f"The engine itself was not run: {listed}, and here it does not (not for this architecture)."
+    assert expected in info.parity.note
 
 
 @pytest.mark.usefixtures("no_gpu")

@@ -17,6 +17,7 @@ pytest.importorskip("onnx", reason="needs the export extra")
 
 from recontrast_export.parity import (
     FP32_TOLERANCE,
+    GPU_FP32_TOLERANCE,
     MAX_IMAGES,
     MIN_IMAGES,
     ParityImage,
@@ -149,4 +150,14 @@ def test_the_gate_needs_no_torch() -> None:
 
 
 def test_the_fp32_tolerance_is_the_promised_one() -> None:
-    assert FP32_TOLERANCE.map_error <= 1e-3
+    assert FP32_TOLERANCE.map_error == GPU_FP32_TOLERANCE.map_error <= 1e-3
+
+
+def test_on_a_gpu_scores_that_only_its_order_of_sums_swaps_are_equal() -> None:
+    """Maps have range 2: these scores are 0.00005 of it apart, and the last ones 0.0002."""
+    swapped = report([1.0001, 1.0], [1.0, 1.0001])
+    with pytest.raises(GateError, match="1 pair"):
+        swapped.enforce(FP32_TOLERANCE)
+    swapped.enforce(GPU_FP32_TOLERANCE)
+    with pytest.raises(GateError, match="1 pair"):
+        report([1.0004, 1.0], [1.0, 1.0004]).enforce(GPU_FP32_TOLERANCE)

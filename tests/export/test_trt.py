@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from recontrast_edge.engines.tensorrt import library_logger
 from recontrast_edge.errors import MissingError, ModelError, UsageError
 from recontrast_export.trt import Library, Network, Settings, load_library
 
@@ -86,8 +87,28 @@ class Profile:
         self.shapes[input] = (min, opt, max)
 
 
+class Definition:
+    """An image in, two tensors out."""
+
+    num_inputs, num_outputs = 1, 2
+
+    def __init__(self) -> None:
+        self._ends = [SimpleNamespace(allowed_formats=0x1FFF) for _ in range(3)]
+
+    def get_input(self, index: int) -> Any:
+        assert index == 0
+        return self._ends[0]
+
+    def get_output(self, index: int) -> Any:
+        return self._ends[1:][index]
+
+    @property
+    def allowed_formats(self) -> list[int]:
+        return [tensor.allowed_formats for tensor in self._ends]
+
+
 class Fake(ModuleType):
-    """A library: what it was called with, and what it will answer."""
+    """A library: what it was called with, and what it will answer. It stays with the first logger, as TensorRT says."""
 
     def __init__(self, version: str, *, rtx: bool = False, strongly_typed_flag: bool = True) -> None:
         super().__init__("tensorrt_rtx" if rtx else "tensorrt")
@@ -100,7 +121,13 @@ class Fake(ModuleType):
         self._config = RtxConfig if rtx else Config
         flags = ("EXPLICIT_BATCH",) if version.startswith("10.") else ()
         self.NetworkDefinitionCreationFlag = enum(*flags, *(("STRONGLY_TYPED",) if strongly_typed_flag else ()))
-        self.BuilderFlag = enum("TF32", "REFIT", *(("REQUIRE_USER_ALLOCATION",) if rtx else ()))
+        newer = () if version.startswith("10.3.") else ("STRICT_NANS",)
+        self.BuilderFlag = enum("TF32", "REFIT", *newer, *(("REQUIRE_USER_ALLOCATION",) if rtx else ()))
+        self.TensorFormat = enum("LINEAR", "CHW2", "HWC8")
+        self.definition = Definition()
+        self.warnings: list[str] = []
+        self.inspected = '{"Layers": ["conv"]}'
+        self.logger: Any = None
         self.MemoryPoolType = enum("WORKSPACE")
         self.ProfilingVerbosity = enum("LAYER_NAMES_ONLY", "NONE", "DETAILED")
         self.LayerInformationFormat = enum("ONELINE", "JSON")
@@ -109,6 +136,7 @@ class Fake(ModuleType):
 
         class ILogger:
             Severity = enum("INTERNAL_ERROR", "ERROR", "WARNING", "INFO", "VERBOSE")
+            INTERNAL_ERROR, ERROR, WARNING = Severity.INTERNAL_ERROR, Severity.ERROR, Severity.WARNING
 
         class IProgressMonitor:
             pass
@@ -117,6 +145,8 @@ class Fake(ModuleType):
         self.IProgressMonitor = IProgressMonitor
 
     def Builder(self, logger: Any) -> Any:  # noqa: N802
+        logger = self.logger = self.logger or logger
+
         def build_serialized_network(network: Any, config: Any) -> Any:
             self.calls.append(("build_serialized_network", network, config.profiling_verbosity))
             monitor = config.progress_monitor
@@ -127,6 +157,8 @@ class Fake(ModuleType):
                     self.calls.append(("cancelled", step))
                     return None
             monitor.phase_finish("Building")
+            for warning in self.warnings:
+                logger.log(logger.Severity.WARNING, warning)
             if self.plan is None:
                 logger.log(logger.Severity.WARNING, "a remark")
                 logger.log(logger.Severity.ERROR, " out of memory ")
@@ -136,7 +168,7 @@ class Fake(ModuleType):
 
         def create_network(flags: int = 0) -> Any:
             self.calls.append(("create_network", flags))
-            return "a network"
+            return self.definition
 
         return SimpleNamespace(
             create_network=create_network,
@@ -153,9 +185,21 @@ class Fake(ModuleType):
         )
 
     def Runtime(self, logger: Any) -> Any:  # noqa: N802
-        inspector = SimpleNamespace(get_engine_information=lambda format: '{"Layers": ["' + format.name + '"]}')
+        logger = self.logger = self.logger or logger
+
+        def get_engine_information(format: Any) -> str:
+            assert format.name == "JSON"
+            return self.inspected
+
+        def deserialize_cuda_engine(plan: bytes) -> Any:
+            if plan == self.plan:
+                return engine
+            logger.log(logger.Severity.ERROR, "not a plan of mine")
+            return None
+
+        inspector = SimpleNamespace(get_engine_information=get_engine_information)
         engine = SimpleNamespace(create_engine_inspector=lambda: inspector)
-        return SimpleNamespace(deserialize_cuda_engine=lambda plan: engine if plan == self.plan else None)
+        return SimpleNamespace(deserialize_cuda_engine=deserialize_cuda_engine)
 
     def called(self, name: str) -> list[tuple[Any, ...]]:
         return [call[1:] for call in self.calls if call[0] == name]
@@ -183,8 +227,17 @@ def test_the_same_calls_build_with_every_version(version: str) -> None:
     shapes = tuple((batch, 3, 64, 96) for batch in (1, 2, 4))
     assert fake.called("add_optimization_profile") == [({"image": shapes},)]
     assert fake.called("clear_flag") == [("TF32",)]
-    assert fake.called("set_flag") == fake.called("set_memory_pool_limit") == []
-    assert fake.called("build_serialized_network") == [("a network", None)]
+    # NaN must reach the score; 10.3 cannot be told.
+    assert fake.called("set_flag") == ([] if version == "10.3.0.26" else [("STRICT_NANS",)])
+    assert fake.called("set_memory_pool_limit") == []
+    assert fake.called("build_serialized_network") == [(fake.definition, None)]
+
+
+@pytest.mark.parametrize("make", [lambda: tensorrt("10.3.0.26"), lambda: tensorrt("11.4.1.3"), rtx])
+def test_images_go_in_and_results_come_out_in_plain_nchw_order(make: Any) -> None:
+    library, fake = make()
+    library.build(library.parse(MODEL), SETTINGS)
+    assert fake.definition.allowed_formats == [1, 1, 1]
 
 
 @pytest.mark.parametrize(
@@ -201,7 +254,7 @@ def test_rtx_networks_are_strongly_typed_and_engines_can_be_captured() -> None:
     library, fake = rtx()
     library.build(library.parse(MODEL), SETTINGS)
     assert fake.called("create_network") == [(1,)]
-    assert fake.called("set_flag") == [("REQUIRE_USER_ALLOCATION",)]
+    assert fake.called("set_flag") == [("STRICT_NANS",), ("REQUIRE_USER_ALLOCATION",)]
 
 
 @pytest.mark.parametrize("make", [lambda: tensorrt("10.3.0.26"), rtx])
@@ -210,7 +263,7 @@ def test_workspace_and_verbosity(make: Any) -> None:
     settings = Settings(batch=(1, 1, 1), image_chw=(3, 8, 8), workspace_mib=3, detailed=True)
     library.build(library.parse(MODEL), settings)
     assert fake.called("set_memory_pool_limit") == [("WORKSPACE", 3 * 2**20)]
-    assert fake.called("build_serialized_network") == [("a network", fake.ProfilingVerbosity.DETAILED)]
+    assert fake.called("build_serialized_network") == [(fake.definition, fake.ProfilingVerbosity.DETAILED)]
 
 
 def test_rtx_builds_for_one_architecture_or_for_none() -> None:
@@ -222,6 +275,13 @@ def test_rtx_builds_for_one_architecture_or_for_none() -> None:
     assert fake.called("set_compute_capability") == [(1, "SM86", 0)]
     with pytest.raises(UsageError, match=r"--sm 87: .* builds for 75, 86, 120, .* on the Jetson itself"):
         library.check_sm(87, "8.6")
+
+
+def test_portable_engines_are_for_the_architectures_that_nvidia_lists() -> None:
+    library, _ = rtx()
+    assert [library.runs_portable(capability) for capability in ("8.6", "12.0", "12.1", "13.0")] == [True] * 4
+    # 7.5 needs an engine of its own; this version does not know 8.0.
+    assert not any(map(library.runs_portable, ("7.5", "8.0", "8.7", "9.0", "10.0", "11.0")))
 
 
 def test_tensorrt_builds_for_the_local_gpu_only() -> None:
@@ -273,6 +333,35 @@ def test_a_build_without_engine_tells_the_librarys_errors_but_not_its_remarks() 
     fake.plan = None
     with pytest.raises(ModelError, match=r"cannot build an engine: out of memory$"):
         library.build(network, SETTINGS)
+
+
+def test_warnings_of_too_little_memory_are_counted_and_others_are_not() -> None:
+    library, fake = tensorrt("10.3.0.26")
+    network = library.parse(MODEL)
+    fake.warnings = [
+        "Tactic Device request: 1000MB Available: 302MB. Device memory is insufficient to use tactic.",
+        "UNSUPPORTED_STATE: Skipping tactic 44 due to insufficient memory on requested size of 1048576000 detected.",
+        "Skipping tactic 3 due to insuficient memory on requested size of 449 detected for tactic 4.",
+        "Skipping tactic 5 due to insuficient memory on requested size of 448 detected for tactic 4.",
+        "CUDA lazy loading is not enabled.",
+        "CUDA driver version is insufficient for CUDA runtime version",
+    ]
+    assert library.build(network, SETTINGS).memory_warnings == 4
+    fake.warnings = []
+    assert library.build(network, SETTINGS).memory_warnings == 0
+
+
+def test_an_engine_that_is_opened_after_a_build_learns_why_it_is_refused() -> None:
+    library, fake = tensorrt("10.3.0.26")
+    network = library.parse(MODEL)
+    fake.plan = None
+    with pytest.raises(ModelError):
+        library.build(network, SETTINGS)
+    messages = library_logger(fake)
+    # What went wrong in the build is not the engine's.
+    assert messages.reason() == ""
+    assert fake.Runtime(messages).deserialize_cuda_engine(b"another plan") is None
+    assert messages.reason() == " (not a plan of mine)"
 
 
 class Recorder:
@@ -352,9 +441,27 @@ def test_the_network_report_survives_left_out_inputs_and_unknown_ranks() -> None
 
 
 def test_the_engine_is_inspected_where_it_can_be_loaded() -> None:
-    library, _ = tensorrt("10.3.0.26")
-    assert library.inspect(b"a plan") == {"Layers": ["JSON"]}
-    assert library.inspect(b"another plan") is None
+    library, fake = tensorrt("10.3.0.26")
+    assert library.inspect(b"a plan") == {"Layers": ["conv"]}
+    # Not every version escapes the names of layers.
+    fake.inspected = '{"Layers": ["a\\conv"]}'
+    assert library.inspect(b"a plan") == fake.inspected
+    with pytest.raises(ModelError, match="does not tell the engine's layers: not a plan of mine"):
+        library.inspect(b"another plan")
+
+
+def test_an_inspector_that_fails_is_an_error_of_ours() -> None:
+    library, fake = tensorrt("10.3.0.26")
+    fake.inspected = ""
+    with pytest.raises(ModelError, match="does not tell the engine's layers: it gives no reason"):
+        library.inspect(b"a plan")
+
+    def broken(logger: Any) -> Any:
+        raise TypeError("pybind11::init(): factory function returned nullptr")
+
+    fake.Runtime = broken
+    with pytest.raises(ModelError, match="layers: pybind11"):
+        library.inspect(b"a plan")
 
 
 @pytest.fixture
