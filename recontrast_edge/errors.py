@@ -81,10 +81,24 @@ class CalibrationError(RecontrastError):
 
 
 class StallError(RecontrastError):
-    """Something that hangs and cannot be stopped from within; only a new process helps."""
+    """An engine that hangs, or has lost its GPU, which nothing within the process can mend; only a new one helps."""
 
     exit_code: ClassVar[int] = 11
-    meaning: ClassVar[str] = "the engine hangs; the process must be started again"
+    meaning: ClassVar[str] = "the engine hangs or has lost its GPU; the process must be started again"
+
+
+class GpuError(ModelError):
+    """A GPU that failed, perhaps for now only: while a process that is ending still holds its memory, say."""
+
+    exit_code: ClassVar[int] = 14
+    meaning: ClassVar[str] = "the GPU failed or was not ready (out of memory, driver still starting); try again"
+
+
+class GpuNotReadyError(MissingError):
+    """A driver that is there, but gives no GPU: it may still be starting, as the machine is."""
+
+    exit_code: ClassVar[int] = GpuError.exit_code
+    meaning: ClassVar[str] = GpuError.meaning
 
 
 def exit_code_table() -> list[tuple[int, str]]:
@@ -100,6 +114,8 @@ def exit_code_table() -> list[tuple[int, str]]:
         MissingError,
         CalibrationError,
         StallError,
+        # And of GpuNotReadyError, which ends the same way.
+        GpuError,
     )
     rows = [(cls.exit_code, cls.meaning) for cls in classes]
     rows.append((EXIT_OK, "done as asked; for `run` also a clean stop by Ctrl-C or SIGTERM"))

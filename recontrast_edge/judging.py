@@ -47,7 +47,7 @@ class JudgeThread:
         self._inferring_since_s: float | None = None
         self._turned_s = time.monotonic()
         self.error: Exception | None = None
-        """A defect of ours, which ended it."""
+        """What ended it: a defect of ours, or a StallError of the engine, which has lost its GPU."""
         self.thread = threading.Thread(target=self._run, name="judge", daemon=True)
 
     # For the thread that watches over this one.
@@ -107,7 +107,10 @@ class JudgeThread:
             with self._lock:
                 tasks, self._tasks = self._tasks, []
             for task in tasks:
-                judgement = task.fault(Fault.INTERNAL_ERROR, f"{type(error).__name__}: {error}")
+                if isinstance(error, StallError):
+                    judgement = task.fault(Fault.INFERENCE_FAILED, str(error))
+                else:
+                    judgement = task.fault(Fault.INTERNAL_ERROR, f"{type(error).__name__}: {error}")
                 self._deliver(task, judgement, time.monotonic())
 
     def _judge(self, tasks: Sequence[Task]) -> None:

@@ -324,8 +324,9 @@ class Line:
 
     def _is_over(self) -> bool:
         """Whether there is a reason to end, which is then in ``stopped_by``."""
-        if any(judge.error is not None for judge in self._judges):
-            self.stopped_by = "internal_error"
+        errors = [judge.error for judge in self._judges if judge.error is not None]
+        if errors:
+            self.stopped_by = "engine_stalled" if isinstance(errors[0], StallError) else "internal_error"
         elif self._full.is_set():
             self.stopped_by = "max_frames"
         elif any(camera.error is not None for camera in self.cameras):

@@ -8,6 +8,7 @@ there is left out; nothing here raises.
 
 from __future__ import annotations
 
+import ctypes
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,7 +22,7 @@ _JETSON_PREFIXES = ("CPU", "GPU", "EMC", "RAM", "Temp", "Power", "nvp model", "j
 
 
 class Sensors:
-    """The first GPU's sensors, and a Jetson's."""
+    """The sensors of CUDA's first GPU, which engines run on, and a Jetson's."""
 
     def __init__(self) -> None:
         self._nvml = _open_nvml()
@@ -100,10 +101,25 @@ def _open_nvml() -> tuple[Any, Any] | None:
         import pynvml
 
         pynvml.nvmlInit()
-        return pynvml, pynvml.nvmlDeviceGetHandleByIndex(0)
+        # CUDA numbers the fastest first, and only those that it was left; NVML numbers all by bus.
+        bus_id = _tried(_first_bus_id)
+        gpu = bus_id and _tried(lambda: pynvml.nvmlDeviceGetHandleByPciBusId(bus_id))
+        return pynvml, pynvml.nvmlDeviceGetHandleByIndex(0) if gpu is None else gpu
 
     opened: tuple[Any, Any] | None = _tried(open_it)
     return opened
+
+
+def _first_bus_id() -> bytes | None:
+    """Where on the bus CUDA's first GPU is, e.g. ``0000:65:00.0``; asked without a context, which would take memory."""
+    driver = ctypes.CDLL("libcuda.so.1")
+    device, bus_id = ctypes.c_int(), ctypes.create_string_buffer(32)
+    failed = (
+        driver.cuInit(0)
+        or driver.cuDeviceGet(ctypes.byref(device), 0)
+        or driver.cuDeviceGetPCIBusId(bus_id, len(bus_id), device)
+    )
+    return None if failed else bus_id.value
 
 
 def _read_nvml(nvml: Any, gpu: Any) -> Reading:

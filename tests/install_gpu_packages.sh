@@ -13,7 +13,7 @@ pip=("$environment/bin/python" -m pip install --quiet --disable-pip-version-chec
 
 # TensorRT of JetPack 6.1, of JetPack 7.0, and the newest that was looked at; of TensorRT for RTX the oldest.
 for requirement in tensorrt-cu12-bindings=={10.3.0,10.13.3.9,11.4.0.106} tensorrt-rtx-cu13-bindings==1.4.0.76 \
-  cuda-bindings==12.9.0; do
+  cuda-bindings==12.9.1; do
   folder="$environment/gpu-packages/$requirement"
   [[ -d $folder ]] || "${pip[@]}" --no-deps --only-binary :all: --target "$folder" "$requirement" ||
     echo "note: $requirement cannot be installed for this Python; it is not tested here" >&2

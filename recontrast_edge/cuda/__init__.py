@@ -20,7 +20,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from recontrast_edge.errors import MissingError, ModelError
+from recontrast_edge.errors import GpuError, MissingError
 from recontrast_edge.kernels import Launch
 
 _log = logging.getLogger(__name__)
@@ -29,7 +29,7 @@ Handle = Any
 """What a binding calls a resource; opaque here."""
 
 
-class CudaError(ModelError):
+class CudaError(GpuError):
     """A CUDA call failed.
 
     Attributes:
@@ -445,7 +445,7 @@ def open_device(ordinal: int = 0, *, binding: BindingName = "auto", context: Any
             ``pycuda.driver.Context``; None is the GPU's primary context, which other libraries use too.
 
     Raises:
-        MissingError: no binding is installed, or no driver or GPU is there.
+        MissingError: no binding is installed, or no driver is there; a GpuNotReadyError, where the driver gives no GPU.
         CudaError: the driver refused.
     """
     if binding == "cuda-bindings" or (binding == "auto" and find_spec("cuda") and find_spec("cuda.bindings")):

@@ -2,9 +2,9 @@
 
     image = compiled_kernels((8, 7))  # a cubin for sm_87
 
-NVRTC compiles (it comes with the CUDA toolkit and as the package nvidia-cuda-nvrtc), or nvcc where there is no NVRTC.
-Images are kept in the user's cache (see ``user_cache``), named after the digest of the sources, architecture and
-compiler, so that nothing stale is ever taken.
+NVRTC compiles (it comes with the CUDA toolkit and as a package), or nvcc where there is no NVRTC. Images are kept in
+the user's cache (see ``user_cache``), named after architecture, sources and compiler, so that nothing stale is ever
+taken. Where no compiler is, one that another compiler made of the same sources will do.
 """
 
 from __future__ import annotations
@@ -15,13 +15,14 @@ import re
 import shutil
 import subprocess
 import tempfile
+from importlib.metadata import PackageNotFoundError, version
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any, Protocol
 
 from recontrast_edge.errors import MissingError, ModelError
 from recontrast_edge.kernels import SOURCE
-from recontrast_edge.user_cache import read_cached, write_cached
+from recontrast_edge.user_cache import cache_folder, read_cached, write_cached
 
 CACHE_KIND = "kernels"
 
@@ -143,8 +144,18 @@ def find_compiler() -> Compiler:
         except MissingError as no_nvcc:
             raise MissingError(
                 f"the CUDA kernels have to be compiled for this GPU, but there is no compiler: {no_nvrtc}; {no_nvcc}. "
-                "Install one: pip install nvidia-cuda-nvrtc (of the driver's CUDA version or older), or a CUDA toolkit"
+                f"Install one: pip install {_nvrtc_package()} (of the driver's CUDA version or older), or a CUDA "
+                "toolkit"
             ) from None
+
+
+def _nvrtc_package() -> str:
+    """The package that brings the NVRTC which cuda-bindings looks for: that of its own major version."""
+    try:
+        major = version("cuda-bindings").partition(".")[0]
+    except PackageNotFoundError:
+        return "cuda-bindings and nvidia-cuda-nvrtc, for CUDA 12 'cuda-bindings==12.*' and nvidia-cuda-nvrtc-cu12"
+    return "nvidia-cuda-nvrtc-cu12" if major == "12" else f"'nvidia-cuda-nvrtc=={major}.*'"
 
 
 def compiled_kernels(compute_capability: tuple[int, int]) -> bytes:
@@ -155,16 +166,32 @@ def compiled_kernels(compute_capability: tuple[int, int]) -> bytes:
         ModelError: they cannot be compiled for this GPU.
     """
     architecture = "sm_{}{}".format(*compute_capability)
-    compiler = find_compiler()
     with as_file(files("recontrast_edge.kernels") / SOURCE) as source:
-        digest = hashlib.sha256(f"{architecture}\0{compiler.name}".encode())
+        digest = hashlib.sha256()
         for path in sorted([*source.parent.glob("*.cu"), *source.parent.glob("*.cuh")]):
             content = path.read_bytes()
             digest.update(f"\0{path.name}\0{len(content)}\0".encode())
             digest.update(content)
-        name = f"{architecture}-{digest.hexdigest()[:32]}.cubin"
+        of_sources = f"{architecture}-{digest.hexdigest()[:32]}"
+        try:
+            compiler = find_compiler()
+        except MissingError:
+            image = _of_any_compiler(of_sources)
+            if image is None:
+                raise
+            return image
+        name = f"{of_sources}-{hashlib.sha256(compiler.name.encode()).hexdigest()[:16]}.cubin"
         image = read_cached(CACHE_KIND, name)
         if image is None:
             image = compiler.compile(source, architecture)
             write_cached(CACHE_KIND, name, image)
     return image
+
+
+def _of_any_compiler(of_sources: str) -> bytes | None:
+    """A kept image of these sources and architecture."""
+    try:
+        names = sorted(path.name for path in cache_folder(CACHE_KIND).glob(f"{of_sources}-*.cubin"))
+    except OSError:
+        return None
+    return next((image for name in names if (image := read_cached(CACHE_KIND, name)) is not None), None)

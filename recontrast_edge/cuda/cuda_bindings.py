@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from recontrast_edge.cuda import CudaError, Handle
-from recontrast_edge.errors import MissingError
+from recontrast_edge.errors import GpuNotReadyError, MissingError
 from recontrast_edge.kernels import Launch
 
 
@@ -46,10 +46,10 @@ class CudaBindings:
 
     def _initialize(self, ordinal: int, *, asked_for: bool) -> None:
         try:
-            self._result("cuInit", self._driver.cuInit(0))
+            self._result("cuInit", self._returned("cuInit", 0))
             count = self._call("cuDeviceGetCount")
         except CudaError as error:
-            raise MissingError(f"no NVIDIA GPU can be used here ({error}); see `recontrast-edge doctor`") from None
+            raise GpuNotReadyError(f"no NVIDIA GPU can be used here ({error}); see `recontrast-edge doctor`") from None
         except RuntimeError as error:
             # The binding looks for libcuda.so.1 at the first call.
             reason = str(error).strip().splitlines()[0]
@@ -60,12 +60,21 @@ class CudaBindings:
     def _call(self, function: str, *arguments: Any) -> Any:
         """Call the driver; its result without the code, a single value as such."""
         try:
-            returned = getattr(self._driver, function)(*arguments)
+            returned = self._returned(function, *arguments)
         except RuntimeError as error:
             # The binding looks a function up when it is called first.
             reason = str(error).strip().splitlines()[0]
             raise CudaError(function, "", f"{reason}; the driver is older than {self.name}") from None
         return self._result(function, returned)
+
+    def _returned(self, function: str, *arguments: Any) -> tuple[Any, ...]:
+        """What the binding makes of the driver's answer: a code, and results."""
+        try:
+            returned: tuple[Any, ...] = getattr(self._driver, function)(*arguments)
+        except (KeyError, ValueError) as error:
+            # It fails itself, the one way or the other, where it does not know the driver's code.
+            raise CudaError(function, "", f"an error that {self.name} does not know ({error})") from None
+        return returned
 
     def _result(self, function: str, returned: tuple[Any, ...]) -> Any:
         code, *results = returned

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from recontrast_edge.cuda import CudaError, Handle
-from recontrast_edge.errors import MissingError
+from recontrast_edge.errors import GpuNotReadyError, MissingError
 from recontrast_edge.kernels import Launch
 
 
@@ -48,7 +48,7 @@ class PyCuda:
             driver.init()
             count = driver.Device.count()
         except driver.Error as error:
-            raise MissingError(f"no NVIDIA GPU can be used here ({error}); see `recontrast-edge doctor`") from None
+            raise GpuNotReadyError(f"no NVIDIA GPU can be used here ({error}); see `recontrast-edge doctor`") from None
         self._owned = context is None
         if self._owned:
             if not 0 <= ordinal < count:

@@ -67,6 +67,7 @@ class Engine(Protocol):
         Raises:
             InputError: an image of the wrong form, or an ROI outside of it.
             ModelError: the engine failed or is closed.
+            StallError: it can judge nothing any more, whatever is tried; only a new process can.
         """
         ...
 
@@ -110,6 +111,7 @@ def open_engine(engine: str | Path, *, threads: int | None = None, profile: bool
 
     Raises:
         ModelError: missing, damaged, not a model of ours, or built for another machine.
+        GpuError: the GPU failed.
         MissingError: a library, a driver or a GPU is missing.
     """
     path = engine_path(engine)

@@ -10,6 +10,7 @@ launched with one call and waited for once; see ``tensorrt_slot``. Maps stay on 
 from __future__ import annotations
 
 import logging
+import re
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -25,8 +26,8 @@ import numpy as np
 from recontrast_edge.cuda import BindingName, CudaError, Device, open_device
 from recontrast_edge.engines import Inference
 from recontrast_edge.engines.tensorrt_context import ExecutionContexts
-from recontrast_edge.engines.tensorrt_slot import Slot, Tensors
-from recontrast_edge.errors import MissingError, ModelError
+from recontrast_edge.engines.tensorrt_slot import PREPARING, Slot, Tensors
+from recontrast_edge.errors import GpuError, MissingError, ModelError, StallError
 from recontrast_edge.kernels.launcher import load_kernels
 from recontrast_edge.plan import FLAVOR_MODULES, Flavor, PlanInfo, verify_plan
 from recontrast_edge.preprocess import Geometry, Image, check_image
@@ -62,7 +63,7 @@ class TensorRtEngine:
     Raises:
         MissingError: the library, a CUDA binding, a driver or a GPU is missing.
         ModelError: plan or sidecar damaged, built by another library version or for another GPU, or not fitting its
-            own spec; or the GPU failed.
+            own spec; a GpuError where the GPU failed, which may be better later.
     """
 
     def __init__(
@@ -93,14 +94,14 @@ class TensorRtEngine:
                 f"{self._info.precision}, on {self._device.name} ({self._device.binding})"
             )
             _check_gpu(path, self._info, self._device)
-            with self._device.current(), _nothing_held_by_errors():
+            with PREPARING, self._device.current(), _nothing_held_by_errors():
                 self._open(library, plan, stream, profile=profile)
         except BaseException:
             self.close()
             raise
 
     def _open(self, library: Any, plan: bytes, stream: Any, *, profile: bool) -> None:
-        messages = _logger(library)
+        messages = library_logger(library)
         try:
             self._runtime = library.Runtime(messages)
         except TypeError:
@@ -111,8 +112,11 @@ class TensorRtEngine:
             ) from None
         self._engine = self._runtime.deserialize_cuda_engine(plan)
         if self._engine is None:
+            reason = messages.reason()
+            if re.search("out ?of ?memory", reason, re.IGNORECASE):
+                raise GpuError(f"{self.path}: the GPU's memory is too full for the engine{reason}; see `nvidia-smi`")
             raise ModelError(
-                f"{self.path}: {self._info.flavor} refused the engine{messages.reason()}; build it on this machine: "
+                f"{self.path}: {self._info.flavor} refused the engine{reason}; build it on this machine: "
                 f"{self._info.build_command(self.path)}"
             )
         self._tensors = tensors = _TensorCheck(library, self._engine, self.path, self._info).tensors()
@@ -168,14 +172,18 @@ class TensorRtEngine:
         return 1 if self.spec.input.is_tiled else self._tensors.max_batch
 
     def infer(self, images: Sequence[Image], *, maps_above: float | None = None) -> Inference:
-        """See ``Engine.infer``. Equal images in batches of another size can differ by the engine's rounding."""
+        """See ``Engine.infer``. Equal images in batches of another size can differ by the engine's rounding.
+
+        Raises:
+            StallError: the GPU's context is lost, and with it everything that any engine of the process has there.
+        """
         for image in images:
             check_image(image)
             Geometry.of(self.spec.input, image)
         with self._lock:
             if not self._is_open:
                 raise ModelError(f"{self.path}: the engine is closed")
-            with self._device.current(), self._abandoned_on_error(), _nothing_held_by_errors():
+            with self._abandoned_on_error(), self._device.current(), _nothing_held_by_errors():
                 if self.spec.input.is_tiled:
                     return infer_tiles(self._infer, images, self.spec)
                 return self._infer(images, maps_above)
@@ -213,10 +221,19 @@ class TensorRtEngine:
         try:
             yield
         except BaseException as error:
-            for slot in self._slots:
-                slot.abandon()
+            try:
+                with self._device.current():
+                    for slot in self._slots:
+                        slot.abandon()
+            except CudaError as lost:
+                # What one batch did wrong is over when its stream is waited for. Errors that stay are the context's,
+                # after an illegal address for one, and every later call would give them.
+                raise StallError(
+                    f"{self.path}: {lost}; the GPU's context is lost, and every later frame would fail: start the "
+                    "process again (systemd does), and report it with the output of benchmarks/gpu_check.sh"
+                ) from error
             if isinstance(error, CudaError):
-                raise ModelError(f"{self.path}: {error}") from error
+                raise GpuError(f"{self.path}: {error}") from error
             raise
 
     def close(self) -> None:
@@ -225,20 +242,21 @@ class TensorRtEngine:
             if not self._is_open:
                 return
             self._is_open = False
-            try:
-                with self._device.current():
-                    # Before the memory they point to, contexts before the engine, the engine before its runtime.
-                    for slot in self._slots:
-                        slot.close()
-                    self._slots = []
-                    if self._contexts is not None:
-                        self._contexts.keep_kernels()
-                        self._contexts.close()
-                    self._engine = None
-                    self._runtime = None
-            except CudaError as error:
-                _log.warning("closing %s: %s", self.path, error)
-            self._device.close()
+            with PREPARING:
+                try:
+                    with self._device.current():
+                        # Before the memory they point to, contexts before the engine, the engine before its runtime.
+                        for slot in self._slots:
+                            slot.close()
+                        self._slots = []
+                        if self._contexts is not None:
+                            self._contexts.keep_kernels()
+                            self._contexts.close()
+                        self._engine = None
+                        self._runtime = None
+                except CudaError as error:
+                    _log.warning("closing %s: %s", self.path, error)
+                self._device.close()
 
     def __enter__(self) -> TensorRtEngine:
         return self
@@ -287,10 +305,19 @@ def _check_gpu(path: Path, info: PlanInfo, device: Device) -> None:
             f"{path}: built for GPUs of compute capability {info.compute_capability} ({info.gpu or 'no GPU at hand'}), "
             f"this one is a {device.name} of {here}. Build it again, here: {info.build_command(path)}"
         )
+    if info.compute_capability is not None and info.gpu not in (None, device.name):
+        _log.warning(
+            "%s: built on the GPU %s, this one is %s; its kernels were chosen for the other one, and may be slow here "
+            "or want more memory than there is. Build it again, here: %s",
+            path,
+            info.gpu,
+            device.name,
+            info.build_command(path),
+        )
 
 
 @cache
-def _logger(library: Any) -> Any:
+def library_logger(library: Any) -> Any:
     """TensorRT's messages into ours. One for the process: the library keeps to the first it gets."""
 
     class Logger(library.ILogger):  # type: ignore[misc] # the base is known at run time only

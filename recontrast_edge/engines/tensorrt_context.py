@@ -17,7 +17,7 @@ from collections.abc import Callable
 from typing import Any
 
 from recontrast_edge.cuda import DeviceMemory
-from recontrast_edge.errors import ModelError
+from recontrast_edge.errors import GpuError
 from recontrast_edge.user_cache import read_cached, write_cached
 
 _log = logging.getLogger(__name__)
@@ -62,11 +62,11 @@ class ExecutionContexts:
         Contexts with the same ``scratch`` must run on the same stream.
 
         Raises:
-            ModelError: the library gives none.
+            GpuError: the library gives none.
         """
         context = self._engine.create_execution_context(self._setup)
         if context is None:
-            raise ModelError(f"no execution context{self._reason()}; most likely the GPU's memory is full")
+            raise GpuError(f"no execution context{self._reason()}; most likely the GPU's memory is full")
         context.set_device_memory(scratch.pointer, scratch.size_bytes)
         return context
 
@@ -77,7 +77,9 @@ class ExecutionContexts:
 
     def close(self) -> None:
         """Let go of the engine; may be called again. Contexts must be gone before."""
-        self._kernels = self._setup = self._engine = None
+        # The configuration refers to the cache.
+        self._setup = None
+        self._kernels = self._engine = None
 
 
 class CompiledKernels:

@@ -12,6 +12,7 @@ work is enqueued call by call.
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from numpy.typing import NDArray
 
 from recontrast_edge.cuda import CudaError, Device, DeviceMemory, Event, Graph, Module, Stream
 from recontrast_edge.engines.tensorrt_context import ExecutionContexts
-from recontrast_edge.errors import ModelError
+from recontrast_edge.errors import GpuError, ModelError
 from recontrast_edge.kernels import AnomalyMapPlan, PixelFormat, PreprocessPlan
 from recontrast_edge.kernels.launcher import AnomalyMapLauncher, PreprocessLauncher
 from recontrast_edge.plan import PlanInfo
@@ -36,6 +37,13 @@ GPU_STAGES = ("copy_in", "preprocess", "network", "map", "copy_out")
 
 KEPT_WORKS = 32
 """Graphs that are kept: those of the sizes and numbers of images that came last."""
+
+CAPTURED_AGAIN_AFTER = 100
+"""Batches, enqueued call by call, until a capture that failed is tried once more: its cause may have passed."""
+
+PREPARING = threading.RLock()
+"""Of the process. Opening, preparing and closing wait for the whole context, in TensorRT too, which the driver refuses
+while any stream is captured, and which spoils that capture: no engine does the one while another does the other."""
 
 Shapes = tuple[tuple[int, ...], ...]
 """Of a batch's images or tiles, after the ROI."""
@@ -68,6 +76,7 @@ class _Work:
         context: TensorRT's execution context for this batch.
         staging: page-locked memory for each image, in its shape.
         graph: all of it; None: it is enqueued call by call.
+        plain_runs: batches that were.
     """
 
     batch: int
@@ -76,6 +85,7 @@ class _Work:
     staging: list[NDArray[np.uint8]]
     preprocess: list[PreprocessLauncher]
     graph: Graph | None = None
+    plain_runs: int = 0
 
 
 class Slot:
@@ -166,7 +176,7 @@ class Slot:
 
         Raises:
             InputError: a frame that the model's ROI or the kernel cannot take; nothing was enqueued.
-            ModelError: TensorRT or the GPU failed.
+            ModelError: TensorRT refused the batch; a GpuError where it, or the GPU, failed.
         """
         started_s = time.perf_counter()
         parts = [self._part(image) for image in images]
@@ -177,6 +187,10 @@ class Slot:
         else:
             # Put back as the latest.
             self._works[shapes] = work
+            if work.graph is None:
+                work.plain_runs += 1
+                if work.plain_runs == CAPTURED_AGAIN_AFTER:
+                    self._capture(work)
         self._last, self._count = work, len(parts)
         self._reset_if_unfinished()
         for part, staging in zip(parts, work.staging, strict=True):
@@ -192,6 +206,10 @@ class Slot:
 
     def prepare(self, shapes: Shapes) -> _Work:
         """Make everything ready for batches of images of these shapes: buffers, plans, a first run, the graph."""
+        with PREPARING:
+            return self._prepare(shapes)
+
+    def _prepare(self, shapes: Shapes) -> _Work:
         formats: dict[tuple[int, ...], PixelFormat] = {
             shape: "bgr8" if len(shape) == 3 else "mono8" for shape in shapes
         }
@@ -273,15 +291,38 @@ class Slot:
             del self._contexts[batch]
 
     def _capture(self, work: _Work) -> None:
+        """Give the work a graph that has run once; where that fails, leave it to be enqueued call by call."""
         if not self._device.has_graphs:
             return
+        with PREPARING:
+            try:
+                with self._stream.capture() as capture:
+                    self._enqueue(work)
+                graph = capture.graph()
+                try:
+                    # Its first launch takes it to the GPU, and shows whether it can be launched at all.
+                    graph.launch(self._stream)
+                    self._stream.synchronize()
+                except ModelError:
+                    graph.close()
+                    raise
+                work.graph = graph
+            except ModelError as error:
+                # As text: the error itself would keep the context alive, wherever it is logged.
+                self._on_no_graph(len(work.staging), str(error))
+            if work.graph is None:
+                self._recover(work)
+
+    def _recover(self, work: _Work) -> None:
+        """After a failed capture: a library may tell of it at its next call, which must not be that of a frame."""
+        self.abandon()
+        self._reset_if_unfinished()
         try:
-            with self._stream.capture() as capture:
-                self._enqueue(work)
-            work.graph = capture.graph()
+            self._enqueue(work)
+            self._stream.synchronize()
         except ModelError as error:
-            # As text: the error itself would keep the context alive, wherever it is logged.
-            self._on_no_graph(len(work.staging), str(error))
+            _log.debug("after a failed capture: %s", error)
+            self.abandon()
 
     def _enqueue(self, work: _Work) -> None:
         stream = self._stream
@@ -292,7 +333,7 @@ class Slot:
             launcher.launch(stream)
         self._mark(2)
         if not work.context.execute_async_v3(stream.number):
-            raise ModelError(f"TensorRT could not run the network{self._reason()}")
+            raise GpuError(f"TensorRT could not run the network{self._reason()}")
         self._mark(3)
         if self._map_launcher is not None:
             self._map_launcher.launch(work.batch, stream)
@@ -347,17 +388,21 @@ class Slot:
         return maps
 
     def abandon(self) -> None:
-        """After a failure somewhere: let nothing run on, and leave nothing behind for the next batch."""
+        """After a failure somewhere: let nothing run on, and leave nothing behind for the next batch.
+
+        Raises:
+            CudaError: the stream cannot be used any more.
+        """
         self._unfinished = True
         self._launched_s = None
-        try:
-            self._stream.synchronize()
-        except CudaError as error:
-            _log.debug("after a failure: %s", error)
+        self._stream.synchronize()
 
     def close(self) -> None:
         """Give up graphs and execution contexts; the buffers are the device's to close."""
-        self.abandon()
+        try:
+            self.abandon()
+        except CudaError as error:
+            _log.debug("closing a stream's buffers: %s", error)
         for shapes in list(self._works):
             self._forget(shapes)
         self._last = None

@@ -21,8 +21,8 @@ import pycuda.driver
 import pytest
 
 from recontrast_edge.cuda import CudaError, open_device
-from recontrast_edge.errors import MissingError, ModelError
-from tests.edge.fakes_cuda import CUresult, FakeDriver
+from recontrast_edge.errors import GpuNotReadyError, MissingError, ModelError
+from tests.edge.fakes_cuda import CUresult, CUstream_flags, FakeDriver
 from tests.edge.fakes_tensorrt import FakeTensorRt
 from tests.edge.test_tensorrt_engine import (  # noqa: F401 - some are fixtures
     Open,
@@ -100,6 +100,7 @@ def test_the_program_of_the_documentation(library: FakeTensorRt, tmp_path: Path)
     names: dict[str, Any] = {"image": image(0)}
     exec(program.replace("parts.plan", str(tmp_path / "model.plan")), names)
     assert_right(names["result"].maps, [image(0)])
+    assert library.driver.stream_flags == [CUstream_flags.CU_STREAM_NON_BLOCKING]
     # At the end of the process it lets go of the context, which this test's driver would not know.
     primary = sys.modules["pycuda.autoprimaryctx"]
     atexit.unregister(primary._finish_up)
@@ -121,7 +122,7 @@ def test_what_the_driver_refuses_is_named(driver: FakeDriver) -> None:  # noqa: 
 
 def test_no_gpu(driver: FakeDriver) -> None:  # noqa: F811
     driver.failures["cuInit"] = CUresult.CUDA_ERROR_NO_DEVICE
-    with pytest.raises(MissingError, match=r"no NVIDIA GPU can be used here .*cuInit failed: no device"):
+    with pytest.raises(GpuNotReadyError, match=r"no NVIDIA GPU can be used here .*cuInit failed: no device"):
         open_device(binding="pycuda")
     with pytest.raises(MissingError, match="expected GPU 3, this machine has 1"):
         open_device(3, binding="pycuda")

@@ -47,8 +47,17 @@ class CUresult(IntEnum):
     CUDA_ERROR_STREAM_CAPTURE_INVALIDATED = 901
 
 
+class UnknownCodeError(ValueError):
+    """What ``cuda-bindings`` raises where the driver gives a code that it has no name for."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__(f"{code} is not a valid CUresult")
+        self.code = code
+
+
 class CUdevice_attribute(IntEnum):  # noqa: N801
     CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT = 16
+    CU_DEVICE_ATTRIBUTE_INTEGRATED = 18
     CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR = 75
     CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR = 76
 
@@ -121,9 +130,10 @@ class FakeDriver:
     Attributes:
         calls: names of the functions called, in order.
         failures: function -> code that its next call gives instead of doing anything; an illegal address costs the
-            context, so that every later call gives it too.
+            context, so that every later call gives it too. A number that no ``CUresult`` has is an error newer than
+            the binding.
         live: what was made and not given back: handle -> kind.
-        compute_capability: of the GPU.
+        compute_capability, is_integrated: of the GPU.
         is_alone: no other library allocates, so that every pointer that a kernel gets must be known.
     """
 
@@ -138,9 +148,10 @@ class FakeDriver:
 
     def __init__(self, host: Host | None = None, *, compute_capability: tuple[int, int] = (8, 7)) -> None:
         self.calls: list[str] = []
-        self.failures: dict[str, CUresult] = {}
+        self.failures: dict[str, CUresult | int] = {}
         self.live: dict[int, str] = {}
         self.compute_capability = compute_capability
+        self.is_integrated = False
         self.is_alone = True
         self.images: list[bytes] = []
         self.stream_flags: list[CUstream_flags] = []
@@ -167,6 +178,8 @@ class FakeDriver:
             self.calls.append(name)
             assert self.current or name in _WITHOUT_CONTEXT, f"{name} without a current context"
             code = self.failures.pop(name, self._lost if name not in _WITHOUT_CONTEXT else CUresult.CUDA_SUCCESS)
+            if not isinstance(code, CUresult):
+                raise UnknownCodeError(code)
             if code == CUresult.CUDA_ERROR_ILLEGAL_ADDRESS:
                 self._lost = code
             if code != CUresult.CUDA_SUCCESS:
@@ -290,6 +303,7 @@ class FakeDriver:
             CUdevice_attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR: major,
             CUdevice_attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR: minor,
             CUdevice_attribute.CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT: MULTIPROCESSORS,
+            CUdevice_attribute.CU_DEVICE_ATTRIBUTE_INTEGRATED: int(self.is_integrated),
         }[CUdevice_attribute(attribute)]
 
     def cuMemGetInfo(self) -> tuple[int, int]:  # noqa: N802

@@ -11,6 +11,7 @@ context for whatever is made, run or destroyed.
 from __future__ import annotations
 
 import ctypes
+import weakref
 from collections.abc import Callable, Mapping
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -100,6 +101,8 @@ class FakeTensorRt(ModuleType):
         calls: names of the calls that matter, in order.
         fail: names of calls that report failure the way TensorRT does: False or None.
         capturable: whether work may be captured; if not, the enqueue reports failure as TensorRT does.
+        is_stale: whether such a failure is reported again by the next enqueue, whatever that is.
+        refusal: the message with which an engine is refused.
         contexts_alive: execution contexts that were not destroyed yet.
         scratch_bytes: what a context computes in.
     """
@@ -125,6 +128,8 @@ class FakeTensorRt(ModuleType):
         self.calls: list[str] = []
         self.fail: set[str] = set()
         self.capturable = True
+        self.is_stale = self.stale = False
+        self.refusal = "the version tag does not match"
         self.contexts_alive = 0
         self.scratch_bytes = 1000
         self.engine_class: type[FakeEngine] = FakeEngine
@@ -141,7 +146,7 @@ class FakeTensorRt(ModuleType):
             assert plan == PLAN
             assert self.driver.current, "needs a current context"
             if "deserialize_cuda_engine" in self.fail:
-                logger.log(self.ILogger.ERROR, "the version tag does not match")
+                logger.log(self.ILogger.ERROR, self.refusal)
                 return None
             return self.engine_class(self, logger)
 
@@ -245,7 +250,9 @@ class FakeContext:
         capturing = library.driver.is_capturing(stream)
         if capturing:
             assert self.batch in self.enqueued_shapes, "captured before the first enqueue of this shape"
-        if "execute_async_v3" in library.fail or (capturing and not library.capturable):
+        stale, library.stale = library.stale, False
+        if "execute_async_v3" in library.fail or stale or (capturing and not library.capturable):
+            library.stale = capturing and library.is_stale
             self.engine.logger.log(library.ILogger.ERROR, "enqueue failed\nwith details")
             return False
         if self.batch not in self.enqueued_shapes:
@@ -300,7 +307,7 @@ class FakeRtxEngine(FakeEngine):
         assert config.dynamic_shapes_kernel_specialization_strategy == "EAGER", "else scores change while frames run"
         context = self.new_context()
         if context is not None:
-            context.settle = lambda batch: config.cache.compile(batch)  # type: ignore[method-assign]
+            context.settle = config.compile  # type: ignore[method-assign]
         return context
 
 
@@ -310,7 +317,20 @@ class FakeRuntimeConfig:
 
     def __init__(self, library: FakeTensorRtForRtx) -> None:
         self._library = library
-        self.cache = FakeRuntimeCache(library)
+        self._batches: set[int] = set()
+        # It refers to its cache, and does not keep it.
+        self._cache: weakref.ref[FakeRuntimeCache] | None = None
+
+    def __del__(self) -> None:
+        if self._cache is not None and self._cache() is None:
+            self._library.driver.calls.append("cache torn away")
+
+    def compile(self, batch: int) -> None:
+        cache = self._cache and self._cache()
+        batches = self._batches if cache is None else cache.batches
+        if batch not in batches:
+            batches.add(batch)
+            self._library.compiled.append(batch)
 
     def set_execution_context_allocation_strategy(self, strategy: str) -> None:
         self.strategy = strategy
@@ -320,29 +340,24 @@ class FakeRuntimeConfig:
 
     def set_runtime_cache(self, cache: FakeRuntimeCache) -> bool:
         if self._library.takes_cache:
-            self.cache = cache
+            self._cache = weakref.ref(cache)
         return self._library.takes_cache
 
 
 class FakeRuntimeCache:
     def __init__(self, library: FakeTensorRtForRtx) -> None:
         self._library = library
-        self._batches: set[int] = set()
-
-    def compile(self, batch: int) -> None:
-        if batch not in self._batches:
-            self._batches.add(batch)
-            self._library.compiled.append(batch)
+        self.batches: set[int] = set()
 
     def serialize(self) -> memoryview:
         assert self._library.driver.current, "needs a current context"
-        return memoryview(self._library.gpu_driver + bytes(sorted(self._batches)))
+        return memoryview(self._library.gpu_driver + bytes(sorted(self.batches)))
 
     def deserialize(self, blob: bytes) -> bool:
         assert self._library.driver.current, "needs a current context"
         if not blob.startswith(self._library.gpu_driver):
             return False
-        self._batches = set(blob.removeprefix(self._library.gpu_driver))
+        self.batches = set(blob.removeprefix(self._library.gpu_driver))
         return True
 
 

@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 
 from tests.edge import fakes_cuda
-from tests.edge.fakes_cuda import FakeDriver
+from tests.edge.fakes_cuda import FakeDriver, UnknownCodeError
 from tests.kernels.host import COMPILER
 
 SOURCE = """
@@ -157,6 +157,8 @@ class Library:
         try:
             code, *results = getattr(self.driver, name)(*arguments)
             return int(code), results
+        except UnknownCodeError as error:
+            return error.code, []
         except BaseException as error:
             self.errors.append(error)
             return _UNKNOWN_ERROR, []

@@ -12,6 +12,7 @@ import time
 from contextlib import closing
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import cv2
 import numpy as np
@@ -343,6 +344,43 @@ def test_sensors_read_what_answers_and_leave_out_the_rest(monkeypatch: pytest.Mo
         assert len(readings) >= 2
     sensors.close()
     assert closed == ["nvml", "jtop"]
+
+
+@pytest.mark.parametrize(("failing", "temperature_c"), [(None, 70), ("cuInit", 40), ("nvml", 40)])
+def test_the_sensors_are_those_of_the_gpu_that_engines_run_on(
+    monkeypatch: pytest.MonkeyPatch, failing: str | None, temperature_c: int
+) -> None:
+    """CUDA may number GPUs in another order than NVML."""
+
+    def place(bus_id: Any, size: int, device: Any) -> int:
+        assert device.value == 7
+        bus_id.value = b"0000:65:00.0"
+        assert size > len(bus_id.value)
+        return 0
+
+    def first(device: Any, ordinal: int) -> int:
+        assert ordinal == 0
+        device._obj.value = 7
+        return 0
+
+    driver = SimpleNamespace(
+        cuInit=lambda _flags: 100 if failing == "cuInit" else 0, cuDeviceGet=first, cuDeviceGetPCIBusId=place
+    )
+    nvml = ModuleType("pynvml")
+    handles: dict[Any, int] = {0: 40} if failing == "nvml" else {0: 40, b"0000:65:00.0": 70}
+    vars(nvml).update(
+        nvmlInit=lambda: None,
+        nvmlShutdown=lambda: None,
+        nvmlDeviceGetHandleByIndex=lambda index: index,
+        nvmlDeviceGetHandleByPciBusId=lambda bus_id: handles[bus_id] and bus_id,
+        NVML_TEMPERATURE_GPU=0,
+        nvmlDeviceGetTemperature=lambda gpu, _kind: handles[gpu],
+    )
+    monkeypatch.setattr("recontrast_edge.sensors.ctypes.CDLL", {"libcuda.so.1": driver}.__getitem__)
+    monkeypatch.setitem(sys.modules, "pynvml", nvml)
+    monkeypatch.setitem(sys.modules, "jtop", None)
+    with Sensors() as sensors:
+        assert sensors.read() == {"gpu_temperature_c": temperature_c}
 
 
 def test_without_sensors_there_is_nothing_to_read(monkeypatch: pytest.MonkeyPatch) -> None:

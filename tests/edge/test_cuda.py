@@ -11,6 +11,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -19,7 +20,7 @@ import pytest
 
 import recontrast_edge
 from recontrast_edge.cuda import CudaError, Device, Graph, compiler, open_device
-from recontrast_edge.errors import MissingError, ModelError
+from recontrast_edge.errors import GpuNotReadyError, MissingError, ModelError
 from recontrast_edge.kernels import launcher
 from recontrast_edge.user_cache import cache_folder
 from tests.edge.fakes_cuda import ENUMS, CUresult, CUstream_flags, FakeDriver, install
@@ -28,6 +29,8 @@ from tests.kernels.host import COMPILER
 PACKAGE = Path(recontrast_edge.__file__).parent
 ROOT = Path(__file__).parents[2]
 PACKAGES = Path(sys.prefix) / "gpu-packages"
+OLDEST = "12.9.1"
+"""The oldest cuda-bindings that may be installed."""
 
 
 @pytest.fixture
@@ -73,6 +76,15 @@ def test_an_error_without_a_text_is_still_one(device: Device, driver: FakeDriver
         device.allocate(10)
 
 
+@pytest.mark.parametrize("function", ["cuInit", "cuMemAlloc"])
+def test_an_error_that_the_binding_does_not_know_is_still_one(driver: FakeDriver, function: str) -> None:
+    driver.failures[function] = 98765
+    with pytest.raises((CudaError, GpuNotReadyError), match=rf"failed in {function}: an error that .*\(98765"):  # noqa: SIM117
+        with open_device(binding="cuda-bindings") as device, device.current():
+            device.allocate(10)
+    assert driver.live == {}
+
+
 def test_graphs_of_one_stream_live_side_by_side(device: Device, driver: FakeDriver) -> None:
     with device.current():
         stream, memory = device.stream(), device.allocate(8)
@@ -108,7 +120,7 @@ def test_a_broken_capture_leaves_the_stream_usable(device: Device, driver: FakeD
 @pytest.mark.parametrize("function", ["cuInit", "cuDeviceGetCount"])
 def test_no_gpu(driver: FakeDriver, function: str) -> None:
     driver.failures[function] = CUresult.CUDA_ERROR_NO_DEVICE
-    with pytest.raises(MissingError, match=rf"no NVIDIA GPU can be used here .*{function}: no device"):
+    with pytest.raises(GpuNotReadyError, match=rf"no NVIDIA GPU can be used here .*{function}: no device"):
         open_device(binding="cuda-bindings")
 
 
@@ -122,8 +134,9 @@ def test_no_driver(driver: FakeDriver, monkeypatch: pytest.MonkeyPatch) -> None:
         raise RuntimeError("libcuda.so.1 not found\nlong story")
 
     monkeypatch.setattr(driver, "cuInit", missing)
-    with pytest.raises(MissingError, match=r"driver is missing \(libcuda.so.1 not found\)"):
+    with pytest.raises(MissingError, match=r"driver is missing \(libcuda.so.1 not found\)") as caught:
         open_device(binding="cuda-bindings")
+    assert not isinstance(caught.value, GpuNotReadyError), "it will not be there the next time either"
 
 
 def test_a_driver_that_is_older_than_the_binding(
@@ -155,7 +168,7 @@ def passed_behind_a_real_package(*arguments: str, folder: Path | None = None) ->
     return int(re.findall(r"(\d+) passed", output(*options, *arguments))[-1])
 
 
-@pytest.mark.parametrize("version", ["12.9.0", "installed"])
+@pytest.mark.parametrize("version", [OLDEST, "installed"])
 def test_the_real_cuda_bindings_pass_everything_on(version: str) -> None:
     """These tests and the engine's once more, with the real package between the project and the fake."""
     pytest.importorskip("cuda.bindings.driver", reason="cuda-bindings is what is tested")
@@ -166,6 +179,12 @@ def test_the_real_cuda_bindings_pass_everything_on(version: str) -> None:
     files = ["tests/edge/test_cuda.py", "tests/edge/test_tensorrt_engine.py", "tests/edge/test_way.py"]
     chosen = f"test_cuda and not test_the_real and not older and not no_driver and not compile or {engine}"
     assert passed_behind_a_real_package("-k", chosen, *files, folder=folder) >= 15
+
+
+def test_the_oldest_cuda_bindings_that_may_be_installed_is_the_one_that_is_tested() -> None:
+    allowed = re.findall(r'"cuda-bindings>=([^"]+)"', (ROOT / "pyproject.toml").read_text())
+    assert set(allowed) == {OLDEST}
+    assert f" cuda-bindings=={OLDEST};" in (ROOT / "tests" / "install_gpu_packages.sh").read_text()
 
 
 def test_the_real_pycuda_passes_everything_on() -> None:
@@ -278,6 +297,27 @@ def test_kernels_are_compiled_once_for_each_gpu_and_compiler(counting: CountingC
     assert len(list(cache_folder(compiler.CACHE_KIND).iterdir())) == 3
 
 
+def test_without_a_compiler_kernels_of_the_same_sources_are_taken_from_the_cache(
+    counting: CountingCompiler, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    image = compiler.compiled_kernels((8, 7))
+
+    def missing() -> None:
+        raise MissingError("there is no compiler")
+
+    monkeypatch.setattr(compiler, "find_compiler", missing)
+    assert compiler.compiled_kernels((8, 7)) == image
+    with pytest.raises(MissingError, match="there is no compiler"):
+        compiler.compiled_kernels((8, 6))
+    other = tmp_path / "package"
+    other.mkdir()
+    for name, content in ((compiler.SOURCE, "// changed"), ("device.cuh", "")):
+        (other / name).write_text(content)
+    monkeypatch.setattr(compiler, "files", lambda _package: other)
+    with pytest.raises(MissingError, match="there is no compiler"):
+        compiler.compiled_kernels((8, 7))
+
+
 def test_damaged_kernels_are_compiled_again(counting: CountingCompiler, caplog: pytest.LogCaptureFixture) -> None:
     compiler.compiled_kernels((8, 7))
     (cached,) = cache_folder(compiler.CACHE_KIND).iterdir()
@@ -305,11 +345,30 @@ def test_the_compilers_compile(kind: type[compiler.Nvrtc | compiler.Nvcc]) -> No
         found.compile(source, "sm_300")
 
 
-def test_without_a_compiler_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("binding", "advice"),
+    [
+        ("12.9.4", "pip install nvidia-cuda-nvrtc-cu12 "),
+        ("13.5.0", r"pip install 'nvidia-cuda-nvrtc==13\.\*' "),
+        (None, r"pip install cuda-bindings and nvidia-cuda-nvrtc, for CUDA 12 .* nvidia-cuda-nvrtc-cu12 "),
+    ],
+)
+def test_without_a_compiler_it_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, binding: str | None, advice: str
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+
+    def installed(_name: str) -> str:
+        if binding is None:
+            raise PackageNotFoundError
+        return binding
+
+    monkeypatch.setattr(compiler, "version", installed)
+
     def missing() -> None:
         raise MissingError("it is missing")
 
     monkeypatch.setattr(compiler, "Nvrtc", missing)
     monkeypatch.setattr(compiler, "Nvcc", missing)
-    with pytest.raises(MissingError, match="pip install nvidia-cuda-nvrtc"):
+    with pytest.raises(MissingError, match=advice):
         compiler.compiled_kernels((8, 7))

@@ -12,7 +12,15 @@ from pathlib import Path
 
 import pytest
 
-from recontrast_edge.errors import EXIT_FAULTS, InputError, MissingError, ModelError, UsageError
+from recontrast_edge.errors import (
+    EXIT_FAULTS,
+    GpuError,
+    GpuNotReadyError,
+    InputError,
+    MissingError,
+    ModelError,
+    UsageError,
+)
 from recontrast_edge.pipeline import Line
 from recontrast_edge.systemd import UNIT_NAME, Notifier, unit
 from tests.edge.fakes_line import FakeSource, Wrapped, endless, frame, plan, run_line
@@ -176,6 +184,7 @@ def test_the_unit_says_what_the_documentation_says(tmp_path: Path) -> None:
     # Trying again does not help against these; anything else may have been the camera.
     hopeless = {UsageError, InputError, ModelError, MissingError}
     assert {int(code) for code in settings["RestartPreventExitStatus"].split()} == {cls.exit_code for cls in hopeless}
+    assert not {GpuError.exit_code, GpuNotReadyError.exit_code} & {cls.exit_code for cls in hopeless}
     assert settings["SuccessExitStatus"] == str(EXIT_FAULTS)
     # Longer than the engine's timeout until it is given up, and than a stop takes.
     assert int(settings["WatchdogSec"]) > 15

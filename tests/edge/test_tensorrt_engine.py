@@ -6,7 +6,9 @@ python -m pytest tests/edge/test_tensorrt_engine.py
 from __future__ import annotations
 
 import hashlib
+import re
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,14 +23,17 @@ from recontrast_edge.engines import open_engine, tensorrt, tensorrt_slot
 from recontrast_edge.engines.tensorrt import TensorRtEngine
 from recontrast_edge.engines.tensorrt_context import CACHE_KIND
 from recontrast_edge.engines.tensorrt_slot import GPU_STAGES
-from recontrast_edge.errors import InputError, MissingError, ModelError
+from recontrast_edge.errors import GpuError, GpuNotReadyError, InputError, MissingError, ModelError, StallError
 from recontrast_edge.kernels import launcher
+from recontrast_edge.pipeline import Line
 from recontrast_edge.plan import Parity, PlanInfo, sidecar_path
 from recontrast_edge.preprocess import preprocess
 from recontrast_edge.scoring import MAP_NAME, PROBABILITY_NAME, SCORE_NAME
 from recontrast_edge.spec import InputSpec, Level, ModelSpec, Roi, Scoring, Threshold
 from recontrast_edge.user_cache import cache_folder
 from tests.edge.fakes_cuda import ALLOCATIONS, CUresult, FakeDriver, install
+from tests.edge.fakes_line import FakeSink, endless, run_line
+from tests.edge.fakes_line import plan as camera
 from tests.edge.fakes_tensorrt import (
     PLAN,
     FakeContext,
@@ -69,7 +74,7 @@ def write_plan(folder: Path, spec: ModelSpec, **changes: Any) -> Path:
         "flavor": "tensorrt",
         "library_version": "10.3.0.26",
         "compute_capability": "8.7",
-        "gpu": "Orin",
+        "gpu": "Fake GPU",
         "precision": "fp16",
         "head": "features",
         "batch": (1, 1, 4),
@@ -212,16 +217,18 @@ def test_one_two_or_three_images_in_turn_cost_no_capture(open_plan: Open, librar
     library.batch = (1, 3)
     engine = open_plan()
     assert library.contexts_alive == 3 + 1, "one for each size, and the largest once more for the second slot"
+    counts = library.driver.counts()
+    assert counts["cuGraphLaunch"] == counts["cuGraphInstantiate"] == 4, "no frame pays for a graph's first launch"
     # Frames of the size that the model was trained for, which the engine was opened for.
     frames = [image(seed, width=SIZE, height=SIZE) for seed in range(3)]
     library.driver.calls.clear()
     library.calls.clear()
-    counts = (1, 2, 3, 1, 3)
-    for count in counts:
+    batches = (1, 2, 3, 1, 3)
+    for count in batches:
         found = engine.infer(frames[:count], maps_above=10.0)
         np.testing.assert_allclose(found.scores, expected(frames[:count], model())[1], atol=2e-3)
         assert engine.uses_graph
-    assert library.driver.calls == PER_FRAME * len(counts)
+    assert library.driver.calls == PER_FRAME * len(batches)
     assert library.calls == []
 
 
@@ -304,6 +311,7 @@ def test_the_tiles_of_a_large_image_go_through_the_slots(
     assert engine.max_batch == 1
     picture = image(0, width=2 * SIZE - 8, height=SIZE)
     left, right = expected([picture[:, :SIZE], picture[:, SIZE - 8 :]], model())[0]
+    library.driver.calls.clear()
     (found,) = engine.infer([picture], maps_above=10.0).maps
     np.testing.assert_allclose(found[:, : SIZE - 8], left[:, :-8], atol=2e-3)
     np.testing.assert_allclose(found[:, SIZE:], right[:, 8:], atol=2e-3)
@@ -394,7 +402,9 @@ def test_where_capturing_is_refused_work_is_enqueued_call_by_call(
     assert "could not run the network (enqueue failed)" in warning
 
 
-@pytest.mark.parametrize("function", ["cuStreamBeginCapture", "cuStreamEndCapture", "cuGraphInstantiate"])
+@pytest.mark.parametrize(
+    "function", ["cuStreamBeginCapture", "cuStreamEndCapture", "cuGraphInstantiate", "cuGraphLaunch"]
+)
 def test_a_driver_that_refuses_one_graph(
     library: FakeTensorRt, open_plan: Open, function: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -418,6 +428,83 @@ def test_a_driver_that_refuses_one_graph(
         np.testing.assert_allclose(found.maps, expected(frames[:count], model())[0], atol=2e-3)
     (warning,) = warnings_of(caplog)
     assert "no CUDA graph for 2 image(s)" in warning
+
+
+@pytest.mark.parametrize("passes", [True, False])
+def test_a_capture_that_failed_is_tried_once_more(
+    library: FakeTensorRt, open_plan: Open, monkeypatch: pytest.MonkeyPatch, passes: bool
+) -> None:
+    monkeypatch.setattr(tensorrt_slot, "CAPTURED_AGAIN_AFTER", 3)
+    library.capturable = False
+    engine = open_plan()
+    library.capturable = passes
+    library.driver.calls.clear()
+    for index in range(7):
+        picture = image(index, width=SIZE, height=SIZE)
+        np.testing.assert_allclose(engine.infer([picture]).maps, expected([picture], model())[0], atol=2e-3)
+        assert engine.uses_graph == (passes and index >= 2)
+    assert library.driver.counts()["cuStreamBeginCapture"] == 1
+
+
+def test_no_frame_gets_the_error_that_a_failed_capture_left_behind(library: FakeTensorRt, open_plan: Open) -> None:
+    library.capturable = False
+    library.is_stale = True
+    engine = open_plan()
+    for width in (SIZE, 20):
+        picture = image(0, width=width, height=SIZE)
+        np.testing.assert_allclose(engine.infer([picture]).maps, expected([picture], model())[0], atol=2e-3)
+        np.testing.assert_allclose(engine.infer([picture]).maps, expected([picture], model())[0], atol=2e-3)
+
+
+class WatchedLock:
+    """Tells when somebody has to wait for it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self.is_waited_for = threading.Event()
+
+    def __enter__(self) -> None:
+        if not self._lock.acquire(blocking=False):
+            self.is_waited_for.set()
+            self._lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+
+@pytest.mark.parametrize("work", ["opening", "preparing", "closing"])
+def test_while_one_engine_captures_no_other_waits_for_the_whole_context(
+    library: FakeTensorRt, open_plan: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, work: str
+) -> None:
+    """Which the driver refuses then, and which spoils the capture."""
+    lock = WatchedLock()
+    for module in (tensorrt, tensorrt_slot):
+        monkeypatch.setattr(module, "PREPARING", lock)
+    first, second = open_plan(), open_plan()
+    functions: dict[str, Callable[[], object]] = {
+        "opening": lambda: open_plan(tmp_path / "model.plan"),
+        "preparing": lambda: second.infer([image(1, width=20)]),
+        "closing": second.close,
+    }
+    thread = threading.Thread(target=functions[work])
+    original = library.driver.cuStreamEndCapture
+    seen: list[bool] = []
+
+    def end(stream: int) -> int:
+        del library.driver.cuStreamEndCapture
+        before = len(library.driver.calls), len(library.calls)
+        thread.start()
+        seen.append(lock.is_waited_for.wait(5))
+        # What comes before, such as taking the context, waits for nothing.
+        assert not set(library.calls[before[1] :]) & {"deserialize_cuda_engine", "execute_async_v3"}
+        assert not set(library.driver.calls[before[0] :]) & {"cuStreamSynchronize", "cuMemFree", "cuModuleUnload"}
+        return int(original(stream)[1])
+
+    library.driver.cuStreamEndCapture = end  # type: ignore[method-assign]
+    with library.driver.without_kernels():
+        first.infer([image(0, width=24)])
+        thread.join()
+    assert seen == [True]
 
 
 def test_profiling_splits_the_time_on_the_gpu(open_plan: Open) -> None:
@@ -480,8 +567,8 @@ def test_bench_keeps_what_it_measured_where_profiling_fails(
 
 
 OPENING = [
-    ("cuInit", MissingError),
-    ("cuDeviceGetCount", MissingError),
+    ("cuInit", GpuNotReadyError),
+    ("cuDeviceGetCount", GpuNotReadyError),
     ("cuDevicePrimaryCtxRetain", CudaError),
     ("cuDeviceGetAttribute", CudaError),
     ("cuMemAlloc", CudaError),
@@ -500,8 +587,9 @@ def test_whatever_fails_while_opening_is_named_and_all_is_given_back(
     library: FakeTensorRt, open_plan: Open, function: str, kind: type[Exception]
 ) -> None:
     library.driver.failures[function] = CUresult.CUDA_ERROR_OUT_OF_MEMORY
-    with pytest.raises(kind, match=rf"{function}.*out of memory"):
+    with pytest.raises(kind, match=rf"{function}.*out of memory") as caught:
         open_plan()
+    assert getattr(caught.value, "exit_code", None) == GpuError.exit_code, "systemd tries again"
     assert library.driver.live == {}
     assert library.contexts_alive == 0
 
@@ -521,12 +609,21 @@ def test_whatever_tensorrt_refuses_while_opening(
     library: FakeTensorRt, open_plan: Open, call: str, message: str
 ) -> None:
     library.fail.add(call)
-    with pytest.raises(ModelError, match=message):
+    with pytest.raises(ModelError, match=message) as caught:
         open_plan()
+    # What has run once on this machine may run again.
+    assert isinstance(caught.value, GpuError) == (call in ("create_execution_context", "execute_async_v3"))
     assert library.driver.live == {}
     assert library.contexts_alive == 0
     if call not in ("Runtime", "deserialize_cuda_engine"):
         assert_torn_down_in_order(library.driver.calls)
+
+
+def test_an_engine_for_which_there_is_no_memory_now_is_not_a_wrong_one(library: FakeTensorRt, open_plan: Open) -> None:
+    library.fail.add("deserialize_cuda_engine")
+    library.refusal = "[engine.cpp::readEngine::1] Error Code 2: OutOfMemory (no further information)"
+    with pytest.raises(GpuError, match=r"memory is too full for the engine .*OutOfMemory.*nvidia-smi"):
+        open_plan()
 
 
 @pytest.mark.parametrize("function", ["cuGraphLaunch", "cuStreamSynchronize", "cuMemcpyDtoHAsync"])
@@ -536,7 +633,7 @@ def test_a_failed_inference_is_an_error_and_the_next_one_begins_anew(
     engine = open_plan()
     engine.infer([image(0)])
     library.driver.failures[function] = CUresult.CUDA_ERROR_OUT_OF_MEMORY
-    with pytest.raises(ModelError, match=rf"model.plan: the GPU failed in {function}: out of memory"):
+    with pytest.raises(GpuError, match=rf"model.plan: the GPU failed in {function}: out of memory"):
         engine.infer([image(1)])
     library.driver.calls.clear()
     np.testing.assert_allclose(engine.infer([image(2)]).maps, expected([image(2)], model())[0], atol=2e-3)
@@ -611,14 +708,40 @@ def test_closing_goes_on_where_the_driver_refuses(library: FakeTensorRt, open_pl
     library.driver.end()
 
 
-def test_a_lost_context_fails_every_frame_and_can_be_closed(library: FakeTensorRt, open_plan: Open) -> None:
+@pytest.mark.parametrize("function", ["cuStreamSynchronize", "cuGraphLaunch"])
+def test_a_lost_context_asks_for_another_process_and_can_be_closed(
+    library: FakeTensorRt, open_plan: Open, function: str
+) -> None:
     engine = open_plan()
-    library.driver.failures["cuStreamSynchronize"] = CUresult.CUDA_ERROR_ILLEGAL_ADDRESS
+    engine.infer([image(0)])
+    library.driver.failures[function] = CUresult.CUDA_ERROR_ILLEGAL_ADDRESS
     for _ in range(3):
-        with pytest.raises(ModelError, match="illegal address"):
+        with pytest.raises(StallError, match=r"illegal address.*the GPU's context is lost.*start the process again"):
             engine.infer([image(0)])
     engine.close()
     assert "context" not in library.driver.live.values(), "what was in it went with it"
+    library.driver.end()
+
+
+def test_a_context_that_cannot_even_be_made_current_is_lost(
+    library: FakeTensorRt, open_plan: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = open_plan()
+    with monkeypatch.context() as patch:
+        patch.setattr(library.driver, "cuCtxPushCurrent", lambda _context: CUresult.CUDA_ERROR_ILLEGAL_ADDRESS)
+        with pytest.raises(StallError, match="cuCtxPushCurrent: illegal address"):
+            engine.infer([image(0)])
+
+
+def test_a_lost_context_ends_the_run_when_its_frame_is_a_fault(library: FakeTensorRt, open_plan: Open) -> None:
+    engine, sink = open_plan(), FakeSink()
+    library.driver.failures["cuStreamSynchronize"] = CUresult.CUDA_ERROR_ILLEGAL_ADDRESS
+    line = run_line(Line([camera(engine, endless(0.01))], max_frames=3), sink)
+    assert sink.faults == ["inference_failed"]
+    assert "the GPU's context is lost" in sink.taken[0].detail
+    assert line.stopped_by == "engine_stalled"
+    assert [(type(error), error.exit_code) for error in line.errors] == [(StallError, 11)]  # type: ignore[attr-defined]
+    engine.close()
     library.driver.end()
 
 
@@ -662,6 +785,19 @@ def test_a_plan_that_does_not_belong_here_is_refused_before_it_is_deserialised(
         assert command in str(caught.value)
     assert library.calls == []
     assert library.driver.live == {}
+
+
+@pytest.mark.parametrize(("gpu", "warned"), [("another GPU", True), ("Fake GPU", False), (None, False)])
+def test_a_plan_of_another_model_of_the_same_architecture_runs_with_a_warning(
+    open_plan: Open, tmp_path: Path, caplog: pytest.LogCaptureFixture, gpu: str | None, warned: bool
+) -> None:
+    open_plan(write_plan(tmp_path, model(), gpu=gpu))
+    warnings = warnings_of(caplog)
+    assert len(warnings) == warned
+    for warning in warnings:
+        assert re.search(
+            r"built on the GPU another GPU, this one is Fake GPU.*: recontrast-edge build .*model\.onnx", warning
+        )
 
 
 def test_a_library_that_is_not_installed_is_named(
@@ -739,6 +875,7 @@ def test_kernels_of_an_rtx_engine_are_compiled_once(
         assert rtx.driver.live == {}
         assert rtx.contexts_alive == 0
     assert_torn_down_in_order(rtx.driver.calls)
+    assert "cache torn away" not in rtx.driver.calls, "the configuration refers to it"
     assert warnings_of(caplog) == []
     # Another version compiles for itself.
     rtx.__version__ = "1.7.1"

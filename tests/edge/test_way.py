@@ -6,8 +6,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from recontrast_edge.cuda import Device
-from tests.edge.fakes_cuda import fake_device
+from recontrast_edge.cuda import Device, open_device
+from tests.edge.fakes_cuda import FakeDriver, fake_device, install
+from tests.gpu.gpu import memory_stayed
 from tests.gpu.test_way import (  # noqa: F401 - collected here as this module's tests
     features,
     library,
@@ -25,3 +26,16 @@ from tests.kernels.host import Host
 def device(host: Host, monkeypatch: pytest.MonkeyPatch) -> Iterator[Device]:
     with fake_device(host, monkeypatch) as opened:
         yield opened
+
+
+@pytest.mark.parametrize("is_integrated", [False, True])
+def test_free_memory_tells_nothing_where_it_is_the_systems(
+    monkeypatch: pytest.MonkeyPatch, is_integrated: bool
+) -> None:
+    driver = FakeDriver()
+    driver.is_integrated = is_integrated
+    install(driver, monkeypatch)
+    with open_device(binding="cuda-bindings") as device, device.current():
+        free = device.memory_info()[0]
+        assert memory_stayed(device, free)
+        assert memory_stayed(device, free - (5 << 20)) == is_integrated

@@ -13,10 +13,28 @@ import numpy as np
 from numpy.typing import NDArray
 
 from recontrast_edge.cuda import Device, DeviceMemory
+from recontrast_edge.cuda.cuda_bindings import CudaBindings
 from recontrast_edge.kernels import AnomalyMapPlan, PreprocessPlan
 from recontrast_edge.kernels.launcher import AnomalyMapLauncher, PreprocessLauncher, load_kernels
 
 ALIGNMENT = 256
+
+
+def memory_stayed(device: Device, free_bytes: int) -> bool:
+    """Whether as much is free as it was, but for what the driver rounds; with the context current.
+
+    Of an integrated GPU always: its memory is the system's, where other programs take and give.
+    """
+    return _is_integrated(device) or abs(device.memory_info()[0] - free_bytes) <= 4 << 20
+
+
+def _is_integrated(device: Device) -> bool:
+    binding: Any = device._binding
+    driver = binding._driver
+    if isinstance(binding, CudaBindings):
+        attribute = driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_INTEGRATED
+        return bool(binding._call("cuDeviceGetAttribute", attribute, binding._device))
+    return bool(driver.Context.get_device().get_attribute(driver.device_attribute.INTEGRATED))
 
 
 class Gpu:

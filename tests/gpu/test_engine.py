@@ -28,6 +28,7 @@ from recontrast_edge.plan import read_sidecar
 from recontrast_edge.scoring import INPUT_NAME, PROBABILITY_NAME, VIEWS, reconstruction_name, target_name
 from recontrast_edge.spec import InputSpec, Level, ModelSpec, Scoring
 from recontrast_edge.user_cache import cache_folder
+from tests.gpu.gpu import memory_stayed
 
 SIZE = 64
 STRIDES = (4, 8, 16)
@@ -153,8 +154,7 @@ def test_a_thousand_frames_take_no_memory(engine: TensorRtEngine) -> None:
         before, _ = engine._device.memory_info()
         for index in range(1000):
             engine.infer([images[index % 4]], maps_above=1e9)
-        after, _ = engine._device.memory_info()
-    assert abs(before - after) <= 4 << 20
+        assert memory_stayed(engine._device, before)
 
 
 def test_every_number_of_images_has_a_graph_and_alternating_costs_nothing(plan: Path) -> None:
@@ -179,7 +179,7 @@ def test_every_number_of_images_has_a_graph_and_alternating_costs_nothing(plan: 
 
             alone = [median_us([count] * 100) for count in range(1, len(images) + 1)]
             turns = median_us([*range(1, len(images) + 1)] * 100)
-            assert abs(free[-1] - engine._device.memory_info()[0]) <= 4 << 20
+            assert memory_stayed(engine._device, free[-1])
         print(
             f"\n{engine.name}: 1 to {len(images)} images {[round(us) for us in alone]} us, in turns {turns:.0f} us; "
             f"memory that graphs took: {[(before - after) >> 20 for before, after in pairwise(free)]} MiB"
