@@ -3,8 +3,8 @@
 #
 #     tests/install_gpu_packages.sh build/venv-test
 #
-# The Python part of the oldest and of newer TensorRT versions, and the oldest cuda-bindings, each in a folder of its own
-# (ENVIRONMENT/gpu-packages), and PyCUDA, which is compiled where nvcc is. What cannot be had is left out with a message;
+# The Python part of the oldest and of newer TensorRT versions, the oldest cuda-bindings, and JetPack 6's NVRTC, each in a
+# folder of its own (ENVIRONMENT/gpu-packages), and PyCUDA, which is compiled where nvcc is. What cannot be had is left out with a message;
 # its tests say so and skip.
 set -euo pipefail
 
@@ -13,7 +13,7 @@ pip=("$environment/bin/python" -m pip install --quiet --disable-pip-version-chec
 
 # TensorRT of JetPack 6.1, of JetPack 7.0, and the newest that was looked at; of TensorRT for RTX the oldest.
 for requirement in tensorrt-cu12-bindings=={10.3.0,10.13.3.9,11.4.0.106} tensorrt-rtx-cu13-bindings==1.4.0.76 \
-  cuda-bindings==12.9.1; do
+  cuda-bindings==12.9.1 nvidia-cuda-nvrtc-cu12==12.6.85; do
   folder="$environment/gpu-packages/$requirement"
   [[ -d $folder ]] || "${pip[@]}" --no-deps --only-binary :all: --target "$folder" "$requirement" ||
     echo "note: $requirement cannot be installed for this Python; it is not tested here" >&2

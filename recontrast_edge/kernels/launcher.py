@@ -14,6 +14,7 @@ from importlib.resources import files
 
 from recontrast_edge.cuda import CudaError, Device, Module, Stream
 from recontrast_edge.cuda.compiler import compiled_kernels
+from recontrast_edge.errors import ModelError
 from recontrast_edge.kernels import FATBIN, KERNELS, AnomalyMapPlan, PreprocessPlan
 
 _log = logging.getLogger(__name__)
@@ -24,7 +25,7 @@ def load_kernels(device: Device) -> Module:
 
     Raises:
         MissingError: they have to be compiled and no compiler is there.
-        ModelError: they cannot be compiled for this GPU, or not be loaded.
+        ModelError: they cannot be compiled for this GPU, or not be loaded; a CudaError where its memory is full.
     """
     fatbin = files("recontrast_edge.kernels") / FATBIN
     if fatbin.is_file():
@@ -33,7 +34,17 @@ def load_kernels(device: Device) -> Module:
         except CudaError as error:
             # Without an image for this GPU, or its PTX newer than the driver: not every binding tells which.
             _log.info("the packaged kernels do not fit this GPU (%s); compiling them for it", error)
-    return _loaded(device, compiled_kernels(device.compute_capability))
+    image = compiled_kernels(device.compute_capability)
+    try:
+        return _loaded(device, image)
+    except CudaError as error:
+        if "out of memory" in str(error):
+            raise
+        raise ModelError(
+            f"the kernels that were compiled for this GPU cannot be loaded: {error}; most likely NVRTC, or nvcc, is of "
+            "a newer CUDA version than the driver, see `recontrast-edge doctor`: uninstall it, and install one of the "
+            "driver's version or older"
+        ) from None
 
 
 def _loaded(device: Device, image: bytes) -> Module:

@@ -184,7 +184,7 @@ def test_the_real_cuda_bindings_pass_everything_on(version: str) -> None:
 def test_the_oldest_cuda_bindings_that_may_be_installed_is_the_one_that_is_tested() -> None:
     allowed = re.findall(r'"cuda-bindings>=([^"]+)"', (ROOT / "pyproject.toml").read_text())
     assert set(allowed) == {OLDEST}
-    assert f" cuda-bindings=={OLDEST};" in (ROOT / "tests" / "install_gpu_packages.sh").read_text()
+    assert f" cuda-bindings=={OLDEST} " in (ROOT / "tests" / "install_gpu_packages.sh").read_text()
 
 
 def test_the_real_pycuda_passes_everything_on() -> None:
@@ -255,6 +255,19 @@ def test_a_fatbin_that_does_not_fit_is_compiled_anew(
         (tmp_path / launcher.FATBIN).unlink()
         launcher.load_kernels(device)
     assert driver.images[4:] == [b"compiled for 8.7"]
+
+
+def test_compiled_kernels_that_the_driver_refuses_tell_what_to_do(
+    device: Device, driver: FakeDriver, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(launcher, "compiled_kernels", lambda _capability: b"compiled by a newer NVRTC")
+    monkeypatch.setattr(launcher, "files", lambda _package: tmp_path)
+    driver.failures["cuModuleLoadData"] = CUresult.CUDA_ERROR_NO_BINARY_FOR_GPU
+    with device.current(), pytest.raises(ModelError, match=r"cannot be loaded: .*newer CUDA version than the driver"):
+        launcher.load_kernels(device)
+    driver.failures["cuModuleLoadData"] = CUresult.CUDA_ERROR_OUT_OF_MEMORY
+    with device.current(), pytest.raises(CudaError, match="out of memory"):
+        launcher.load_kernels(device)
 
 
 def test_what_could_wait_or_allocate_breaks_a_capture(device: Device) -> None:
@@ -343,6 +356,28 @@ def test_the_compilers_compile(kind: type[compiler.Nvrtc | compiler.Nvcc]) -> No
             assert f".text.{kernel}".encode() in image
     with pytest.raises(ModelError, match=r"cannot compile the CUDA kernels for sm_300: .*newer CUDA toolkit"):
         found.compile(source, "sm_300")
+
+
+def test_nvrtc_of_jetpack_6_compiles() -> None:
+    folders = [PACKAGES / name for name in (f"cuda-bindings=={OLDEST}", "nvidia-cuda-nvrtc-cu12==12.6.85")]
+    for folder in folders:
+        if not folder.is_dir():
+            pytest.skip(f"tests/install_gpu_packages.sh makes {folder}")
+    # Once it is loaded, the package looks for no other.
+    program = (
+        "import ctypes, sys; from pathlib import Path; from recontrast_edge.cuda.compiler import Nvrtc; "
+        "ctypes.CDLL(sys.argv[2]); nvrtc = Nvrtc(); "
+        "print(nvrtc.name, *(nvrtc.compile(Path(sys.argv[1]), sm)[:4] for sm in ('sm_72', 'sm_87')))"
+    )
+    (library,) = folders[1].glob("nvidia/cuda_nvrtc/lib/libnvrtc.so.*")
+    path = os.pathsep.join([*map(str, folders), str(ROOT)])
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(PACKAGE / "kernels" / "kernels.cu"), str(library)],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": path},
+    )
+    assert done.stdout.strip() == r"NVRTC 12.6 b'\x7fELF' b'\x7fELF'", done.stderr
 
 
 @pytest.mark.parametrize(
