@@ -206,6 +206,8 @@ class ModelSpec(_Frozen):
         weights = self.scoring.level_weights
         if weights is not None and len(weights) != len(self.levels):
             raise ValueError(f"expected {len(self.levels)} level_weights, one a level, got {len(weights)}")
+        if weights is not None and not any(weights) and self.scoring.discriminator_weight is None:
+            raise ValueError("expected a level_weight above 0, or a discriminator: else nothing is in the map")
         width, height = self.input.size_wh
         # The bottleneck halves the deepest level once more.
         deepest = 2 * strides[-1]

@@ -53,6 +53,7 @@ FOLD_TAPS = 4
 TILE_WH = (64, 16)
 TOP_THREADS = 512
 TOP_BLOCKS = 16
+_TOP_LOADS = 8
 BINS = 2048
 
 _SUMS = 3
@@ -122,6 +123,7 @@ class AnomalyMapParams(ctypes.Structure):
         ("levels", ctypes.c_int),
         ("fold_columns", ctypes.c_int),
         ("fold_taps", ctypes.c_int),
+        ("stages_columns", ctypes.c_int),
         ("map_height", ctypes.c_int),
         ("map_width", ctypes.c_int),
         ("top_count", ctypes.c_int),
@@ -360,9 +362,11 @@ class AnomalyMapPlan:
         warps = FOLD_THREADS // _WARP
         self._fold_columns = sum(fold.tile_columns for fold in self.folds)
         self._fold_taps = sum(fold.column_taps for fold in self.folds)
-        # A key each warp, a tile's columns, and for each warp its rows folded.
+        # A key each warp, a tile's columns, and for each warp its rows folded. A wide blur's columns are not copied.
         columns = self._fold_taps * TILE_WH[0] + len(self.folds) * _WARP
-        self._fold_shared_bytes = 4 * (warps + columns + warps * self._fold_columns * FOLD_ROWS)
+        folded = warps + warps * self._fold_columns * FOLD_ROWS
+        self.stages_columns = 4 * (columns + folded) <= _SHARED_BYTES
+        self._fold_shared_bytes = 4 * (folded + (columns if self.stages_columns else 0))
         if self._fold_shared_bytes > _SHARED_BYTES:
             raise ModelError(
                 f"a blur of sigma {scoring.blur_sigma} over these levels needs {self._fold_shared_bytes} bytes of "
@@ -415,7 +419,7 @@ class AnomalyMapPlan:
     @property
     def _segment_pixels(self) -> int:
         """Of the map, for each warp of ``top_score``."""
-        return _round_up(-(-self.size_wh[0] * self.size_wh[1] // _TOP_SEGMENTS), _WARP)
+        return _round_up(-(-self.size_wh[0] * self.size_wh[1] // _TOP_SEGMENTS), _TOP_LOADS * _WARP)
 
     @property
     def workspace_bytes(self) -> int:
@@ -508,6 +512,7 @@ class AnomalyMapPlan:
         params.columns = constant("columns")
         params.fold_columns = self._fold_columns
         params.fold_taps = self._fold_taps
+        params.stages_columns = self.stages_columns
         params.map = map_pointer
         params.score = score_pointer
         params.arrivals = workspace("map_arrivals")
@@ -523,6 +528,7 @@ class AnomalyMapPlan:
         return params
 
     def _check_pointers(self, features: Mapping[str, int], results: Iterable[int], buffers: Iterable[int]) -> None:
+        """``results``: map and score."""
         expected = {
             name(view, index)
             for index in range(self._n_levels)
@@ -536,9 +542,9 @@ class AnomalyMapPlan:
         for name, pointer in features.items():
             if pointer == 0 or pointer % self.alignment:
                 raise ValueError(f"{name}: expected a multiple of {self.alignment} bytes, got pointer {pointer:#x}")
-        for pointer in results:
-            if pointer == 0 or pointer % 8:
-                raise ValueError(f"expected float32 results, aligned to 8 bytes, got pointer {pointer:#x}")
+        for pointer, multiple in zip(results, (4 * FOLD_COLUMNS, 4), strict=True):
+            if pointer == 0 or pointer % multiple:
+                raise ValueError(f"expected float32 results, aligned to {multiple} bytes, got pointer {pointer:#x}")
         for pointer in buffers:
             if pointer == 0 or pointer % _LOAD_BYTES:
                 raise ValueError(f"expected buffers aligned to {_LOAD_BYTES} bytes, got pointer {pointer:#x}")

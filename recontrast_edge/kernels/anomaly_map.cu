@@ -76,10 +76,11 @@ struct AnomalyMapParams {
     int levels;
     int fold_columns;  // tile_columns of all levels
     int fold_taps;  // column_taps of all levels
+    int stages_columns;  // whether `columns` of a tile fit shared memory
     int map_height;
     int map_width;
     int top_count;
-    int segment_pixels;  // a multiple of kWarp
+    int segment_pixels;  // a multiple of kTopLoads * kWarp
 };
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -398,8 +399,9 @@ __device__ __forceinline__ void fold_rows(const AnomalyMapParams& params, int im
                                  min(level.tile_first[tile] + column, width - 1);
         float4 sum = {0.0f, 0.0f, 0.0f, 0.0f};
         // Unrolled further, the compiler would issue the loads of a round one after the other's use.
+        int tap = 0;
 #pragma unroll 1
-        for (int tap = 0; tap < level.row_taps; tap += kFoldTaps) {
+        do {
             float distance[kFoldTaps];
             float4 weight[kFoldTaps];
 #pragma unroll
@@ -414,13 +416,43 @@ __device__ __forceinline__ void fold_rows(const AnomalyMapParams& params, int im
                 sum.z += weight[i].z * distance[i];
                 sum.w += weight[i].w * distance[i];
             }
-        }
+            tap += kFoldTaps;
+        } while (tap < level.row_taps);
         folded[index] = sum;
     }
 }
 
+// The folded rows times C_l^T, all levels added: a thread's pixels.
+__device__ __forceinline__ void fold_columns(
+    const AnomalyMapParams& params, const float4* folded, const float2* weight, const int* column_first,
+    float (&value)[kFoldRows][kFoldColumns])
+{
+    for (int index = 0; index < params.levels; ++index) {
+        const Level& level = params.level[index];
+        const float4* column = folded + column_first[index * kWarp];
+#pragma unroll 1
+        for (int tap = 0; tap < level.column_taps; tap += kFoldTaps) {
+#pragma unroll
+            for (int i = 0; i < kFoldTaps; ++i) {
+                const float4 d = column[tap + i];
+                const float2 w = weight[(tap + i) * kWarp];
+                value[0][0] += w.x * d.x;
+                value[0][1] += w.y * d.x;
+                value[1][0] += w.x * d.y;
+                value[1][1] += w.y * d.y;
+                value[2][0] += w.x * d.z;
+                value[2][1] += w.y * d.z;
+                value[3][0] += w.x * d.w;
+                value[3][1] += w.y * d.w;
+            }
+        }
+        folded += level.tile_columns;
+        weight += level.column_taps * kWarp;
+    }
+}
+
 // Grid: (tiles along the width, tiles along the height, N). A warp makes kFoldRows rows of a tile, a thread kFoldColumns
-// pixels of each. Shared memory: a key each warp, the tile's `columns`, then for each warp its `folded`.
+// pixels of each. Shared memory: a key each warp, the tile's `columns` if they fit, then for each warp its `folded`.
 extern "C" __global__ void __launch_bounds__(kFoldThreads, 8) fold_map(const __grid_constant__ AnomalyMapParams params)
 {
     constexpr int kWarps = kFoldThreads / kWarp;
@@ -434,10 +466,10 @@ extern "C" __global__ void __launch_bounds__(kFoldThreads, 8) fold_map(const __g
     float4* tile_columns = static_cast<float4*>(block_memory()) + 1;
     const int weights = params.fold_taps * kTileWidth / 4;
     const int size = weights + params.levels * kWarp / 4;
-    float4* folded = tile_columns + size + warp * params.fold_columns;
-
     const float4* columns = params.columns + blockIdx.x * size;
-    for (int first = threadIdx.x; first < size; first += kFoldTaps * kFoldThreads) {
+    float4* folded = tile_columns + (params.stages_columns ? size : 0) + warp * params.fold_columns;
+
+    for (int first = threadIdx.x; params.stages_columns && first < size; first += kFoldTaps * kFoldThreads) {
         float4 loaded[kFoldTaps];
 #pragma unroll
         for (int i = 0; i < kFoldTaps; ++i) {
@@ -457,29 +489,15 @@ extern "C" __global__ void __launch_bounds__(kFoldThreads, 8) fold_map(const __g
 
     float value[kFoldRows][kFoldColumns] = {};
     if (top < params.map_height && left < params.map_width) {
-        const float2* weight = reinterpret_cast<const float2*>(tile_columns) + lane;
-        const int* column_first = reinterpret_cast<const int*>(tile_columns + weights) + lane;
-        for (int index = 0; index < params.levels; ++index) {
-            const Level& level = params.level[index];
-            const float4* column = folded + column_first[index * kWarp];
-#pragma unroll 1
-            for (int tap = 0; tap < level.column_taps; tap += kFoldTaps) {
-#pragma unroll
-                for (int i = 0; i < kFoldTaps; ++i) {
-                    const float4 d = column[tap + i];
-                    const float2 w = weight[(tap + i) * kWarp];
-                    value[0][0] += w.x * d.x;
-                    value[0][1] += w.y * d.x;
-                    value[1][0] += w.x * d.y;
-                    value[1][1] += w.y * d.y;
-                    value[2][0] += w.x * d.z;
-                    value[2][1] += w.y * d.z;
-                    value[3][0] += w.x * d.w;
-                    value[3][1] += w.y * d.w;
-                }
-            }
-            folded += level.tile_columns;
-            weight += level.column_taps * kWarp;
+        // Written out for both, so that the compiler knows which memory it reads.
+        if (params.stages_columns) {
+            fold_columns(
+                params, folded, reinterpret_cast<const float2*>(tile_columns) + lane,
+                reinterpret_cast<const int*>(tile_columns + weights) + lane, value);
+        } else {
+            fold_columns(
+                params, folded, reinterpret_cast<const float2*>(columns) + lane,
+                reinterpret_cast<const int*>(columns + weights) + lane, value);
         }
     }
 
@@ -642,10 +660,17 @@ __device__ __forceinline__ void for_candidates(
     for (int segment = threadIdx.x / kWarp; segment < kTopSegments; segment += kTopWarps) {
         const unsigned int* own = candidates + static_cast<size_t>(segment) * params.segment_pixels;
         const unsigned int there = shared.candidate_counts[segment];
-        for (unsigned int start = 0; start < there; start += kWarp) {
-            const unsigned int at = start + threadIdx.x % kWarp;
-            // From L2, where the other blocks' writes are.
-            visit(at < there ? __ldcg(own + at) : 0u);
+        for (unsigned int start = threadIdx.x % kWarp; start - threadIdx.x % kWarp < there; start += kTopLoads * kWarp) {
+            unsigned int keys[kTopLoads];
+#pragma unroll
+            for (int i = 0; i < kTopLoads; ++i) {
+                // From L2, where the other blocks' writes are.
+                keys[i] = start + i * kWarp < there ? __ldcg(own + start + i * kWarp) : 0u;
+            }
+#pragma unroll
+            for (int i = 0; i < kTopLoads; ++i) {
+                visit(keys[i]);
+            }
         }
     }
 }

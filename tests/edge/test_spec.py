@@ -100,6 +100,14 @@ def test_inputs_that_cannot_be_are_refused(changes: dict[str, object], message: 
         spec(input=InputSpec(**values))
 
 
+def test_something_must_count_in_the_map() -> None:
+    with pytest.raises(ValidationError, match="one a level, got 2"):
+        spec(scoring=Scoring(level_weights=(1.0, 2.0)))
+    with pytest.raises(ValidationError, match="level_weight above 0"):
+        spec(scoring=Scoring(level_weights=(0.0, 0.0, 0.0)))
+    spec(scoring=Scoring(level_weights=(0.0, 0.0, 0.0), discriminator_weight=1.0))
+
+
 def test_a_spec_cannot_be_changed_in_place() -> None:
     with pytest.raises(ValidationError):
         spec().class_name = "other"  # type: ignore[misc]

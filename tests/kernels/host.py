@@ -21,7 +21,7 @@ from recontrast_edge.kernels import SOURCE, AnomalyMapPlan, Launch, PreprocessPl
 
 HERE = Path(__file__).parent
 COMPILER = shutil.which("g++")
-CONSTANTS = 29
+CONSTANTS = 30
 
 
 def kernel_folder() -> Path:

@@ -150,6 +150,7 @@ const long* host_constants()
         kTopThreads,
         kTopBlocks,
         kTopSegments,
+        kTopLoads,
         kBins,
         kPreprocessThreads,
         sizeof(Level),

@@ -155,6 +155,29 @@ def test_what_a_discriminator_found_is_one_more_level(host: Host, dtype: type, w
     np.testing.assert_array_equal(np.isnan(scores), [False, True, False])
 
 
+@pytest.mark.parametrize("sigma", [4.0, 64.0])
+def test_a_blur_too_wide_for_shared_memory(host: Host, sigma: float) -> None:
+    """Its matrices are read where they are."""
+    features = make_features([(2, 64, 64), (3, 64, 64), (4, 64, 64)], 1, np.float32)
+    plan = make_plan(features, (65, 64), scoring=Scoring(blur_sigma=sigma))
+    assert plan.stages_columns == (sigma < 64)
+    maps, scores = host.anomaly_map(features, plan)
+    assert np.abs(maps - oracle(features, (65, 64), plan.scoring)).max() <= TIGHT
+    np.testing.assert_array_equal(scores, maps.max(axis=(1, 2)))
+
+
+@pytest.mark.parametrize("size_wh", [(48, 48), (160, 128)])
+def test_the_top_of_a_flat_map(host: Host, size_wh: tuple[int, int]) -> None:
+    """As a good part's is: every pixel may belong to it."""
+    features = make_features([(4, 12, 12)], 1, np.float32)
+    for tensor in features.values():
+        tensor[:] = 1.0
+    features[target_name(0, 0)][0, 0] += np.random.default_rng(0).uniform(0, 1e-3, (12, 12))
+    plan = make_plan(features, size_wh, scoring=Scoring(rule="top"))
+    maps, scores = host.anomaly_map(features, plan)
+    np.testing.assert_allclose(scores, exact_scores(maps, plan.scoring), rtol=2e-6, atol=1e-9)
+
+
 @pytest.mark.parametrize("rule", ["max", "top"])
 @pytest.mark.parametrize("dtype", [np.float16, np.float32])
 def test_geometry_of_a_real_model(host: Host, dtype: type, rule: Any) -> None:

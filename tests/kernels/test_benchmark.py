@@ -76,6 +76,7 @@ def test_every_way_is_measured(
     ours = entry["ways"]["kernels, max"]
     assert ours["map_error"] <= 2e-3
     assert ours["share_of_copy_bandwidth"] > 0
+    assert entry["ways"]["kernels, top of a flat map"]["map_error"] <= 1e-6
     for way in ("PyTorch eager, folded", "torch.compile, folded", "paper: PyTorch + SciPy"):
         found = entry["ways"][way]
         assert found["map_error"] <= 1e-2, way

@@ -60,6 +60,7 @@ def test_source_and_plan_agree_on_every_constant(host: Host) -> None:
         kernels.TOP_THREADS,
         kernels.TOP_BLOCKS,
         kernels._TOP_SEGMENTS,
+        kernels._TOP_LOADS,
         kernels.BINS,
         kernels.THREADS,
         ctypes.sizeof(level),
