@@ -46,5 +46,6 @@ CUDADRV_LIBNAME = ["cuda"]
 CUDART_LIB_DIR = ["$cuda/lib64"]
 CUDA_ENABLE_CURAND = False
 CUDA_ENABLE_GL = False
+CXXFLAGS = ["-O0", "-g0"]
 CONFIGURATION
 "${pip[@]}" "$work" || echo "note: PyCUDA cannot be compiled; it is not tested here" >&2
