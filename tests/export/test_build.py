@@ -89,16 +89,51 @@ def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build_module, "_local_gpu", lambda library: None)
 
 
-UseGpu = Callable[[str, str], None]
+class FakeEngine:
+    """What a GPU would answer: the results of ``source``, off by a share of the map's range."""
+
+    source: Path
+
+    def __init__(self, path: Path, off: float) -> None:
+        self.info, _ = verify_plan(path)
+        self.sha256 = self.info.plan_sha256
+        self._engine = OnnxEngine(FakeEngine.source, threads=1)
+        self._off = off
+
+    def infer(self, images: Any) -> Inference:
+        found = self._engine.infer(images)
+        return Inference(found.maps + self._off * (found.maps.max() - found.maps.min()), found.scores, {})
+
+    def __enter__(self) -> FakeEngine:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._engine.close()
+
+
+UseGpu = Callable[..., None]
 
 
 @pytest.fixture
 def use_gpu(monkeypatch: pytest.MonkeyPatch) -> UseGpu:
-    """``use_gpu(name, compute_capability)``: this machine has it, and the kernels load there."""
+    """``use_gpu(name, compute_capability)``: this machine has it, and the kernels load there.
 
-    def use(name: str, compute_capability: str) -> None:
+    With ``source``, engines give that model's results there, as ``kind`` and ``off`` say.
+    """
+
+    def use(
+        name: str,
+        compute_capability: str,
+        *,
+        source: Path | None = None,
+        kind: type[FakeEngine] = FakeEngine,
+        off: float = 0.0,
+    ) -> None:
         monkeypatch.setattr(build_module, "_local_gpu", lambda library: Gpu(name, compute_capability))
         monkeypatch.setattr(build_module, "_require_kernels", lambda: None)
+        if source is not None:
+            FakeEngine.source = source
+            monkeypatch.setattr(build_module, "open_engine", lambda path: kind(path, off))
 
     return use
 
@@ -315,36 +350,12 @@ def test_a_report_of_layers_costs_no_engine(
             raise told
         return told
 
-    FakeEngine.source = models()
-    use_gpu("a test", "8.6")
-    monkeypatch.setattr(build_module, "open_engine", lambda path: FakeEngine(path, 0.0))
+    use_gpu("a test", "8.6", source=models())
     monkeypatch.setattr(Library, "inspect", inspect)
     result = build_engine(models(), out, precision="fp32", layers=layers, images=[data_folder])
     assert json.loads(layers.read_text())["engine"] == engine
     assert any(note in said for said in result.notes)
     assert len(result.notes) == (2 if note else 1)
-
-
-class FakeEngine:
-    """What a GPU would answer: the results of ``source``, off by a share of the map's range."""
-
-    source: Path
-
-    def __init__(self, path: Path, off: float) -> None:
-        self.info, _ = verify_plan(path)
-        self.sha256 = self.info.plan_sha256
-        self._engine = OnnxEngine(FakeEngine.source, threads=1)
-        self._off = off
-
-    def infer(self, images: Any) -> Inference:
-        found = self._engine.infer(images)
-        return Inference(found.maps + self._off * (found.maps.max() - found.maps.min()), found.scores, {})
-
-    def __enter__(self) -> FakeEngine:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._engine.close()
 
 
 @pytest.mark.parametrize(("off", "passes"), [(1e-4, True), (0.03, False)])
@@ -354,12 +365,9 @@ def test_where_a_gpu_is_the_engine_itself_must_pass(
     models: Any,
     data_folder: Path,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
     use_gpu: UseGpu,
 ) -> None:
-    FakeEngine.source = models()
-    use_gpu("a test", "8.6")
-    monkeypatch.setattr(build_module, "open_engine", lambda path: FakeEngine(path, off))
+    use_gpu("a test", "8.6", source=models(), off=off)
     out = tmp_path / "a.plan"
 
     def build() -> PlanInfo:
@@ -378,11 +386,9 @@ def test_where_a_gpu_is_the_engine_itself_must_pass(
 
 
 def test_an_fp32_engine_is_held_to_what_a_gpu_can_keep(
-    models: Any, data_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, use_gpu: UseGpu
+    models: Any, data_folder: Path, tmp_path: Path, use_gpu: UseGpu
 ) -> None:
-    FakeEngine.source = models()
-    use_gpu("a test", "8.6")
-    monkeypatch.setattr(build_module, "open_engine", lambda path: FakeEngine(path, 0.0))
+    use_gpu("a test", "8.6", source=models())
     seen = []
     build_engine(
         models(),
@@ -418,11 +424,9 @@ def calibrated(models: Any, good: Path, tmp_path_factory: pytest.TempPathFactory
 
 
 def test_an_engine_that_runs_gets_its_own_proof_and_threshold(
-    calibrated: Path, good: Path, data_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, use_gpu: UseGpu
+    calibrated: Path, good: Path, data_folder: Path, tmp_path: Path, use_gpu: UseGpu
 ) -> None:
-    FakeEngine.source = calibrated
-    use_gpu("a test", "8.6")
-    monkeypatch.setattr(build_module, "open_engine", lambda path: FakeEngine(path, 1e-4))
+    use_gpu("a test", "8.6", source=calibrated, off=1e-4)
     out = tmp_path / "a.plan"
     build_engine(calibrated, out, precision="fp16", validation=data_folder, good=good)
     info, _ = verify_plan(out)
@@ -443,9 +447,7 @@ def test_an_engine_that_runs_gets_its_own_proof_and_threshold(
 def test_an_engine_that_loses_verdicts_is_refused(
     calibrated: Path, good: Path, data_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, use_gpu: UseGpu
 ) -> None:
-    FakeEngine.source = calibrated
-    use_gpu("a test", "8.6")
-    monkeypatch.setattr(build_module, "open_engine", lambda path: LosingEngine(path, 0.0))
+    use_gpu("a test", "8.6", source=calibrated, kind=LosingEngine)
     monkeypatch.setitem(TOLERANCES, "fp32", Tolerance(map_error=1.0, tie=1.0))
     seen = []
     with pytest.raises(GateError, match=r"fp32 engine on a test is over its budget .*verdicts that changed: \w+/"):
@@ -495,10 +497,8 @@ def test_the_timing_cache_is_kept_beside_the_plan_and_used_again(
     models: Any, data_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, use_gpu: UseGpu
 ) -> None:
     library, out = TimingLibrary(), tmp_path / "a.plan"
-    FakeEngine.source = models()
     monkeypatch.setattr(build_module, "load_library", lambda flavor: library)
-    use_gpu("Orin", "8.7")
-    monkeypatch.setattr(build_module, "open_engine", lambda path: FakeEngine(path, 0.0))
+    use_gpu("Orin", "8.7", source=models())
 
     def build(**options: Any) -> Result:
         return build_engine(models(), out, precision="fp32", images=[data_folder], **options)
@@ -537,10 +537,8 @@ class TightLibrary(TimingLibrary):
 @pytest.fixture
 def tight(models: Any, monkeypatch: pytest.MonkeyPatch, use_gpu: UseGpu) -> TightLibrary:
     library = TightLibrary()
-    FakeEngine.source = models()
     monkeypatch.setattr(build_module, "load_library", lambda flavor: library)
-    use_gpu("Orin", "8.7")
-    monkeypatch.setattr(build_module, "open_engine", lambda path: FakeEngine(path, 0.0))
+    use_gpu("Orin", "8.7", source=models())
     return library
 
 
@@ -792,7 +790,7 @@ def run_cli(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
 
 @pytest.mark.usefixtures("no_gpu")
 def test_command_line(
-    models: Any, data_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    models: Any, data_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "line.plan"
     arguments = ["build", models(), "--out", out, "--images", data_folder, "--batch", "1,1,4", "--workspace-mib", 256]
@@ -821,7 +819,7 @@ def test_command_line(
     [("--precision", "fp8"), ("--flavor", "tflite"), ("--batch", "4"), ("--batch", "1,2,x"), ("--batch", "1,-2,3")],
 )
 def test_wrong_options_are_named(
-    option: str, value: str, models: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+    option: str, value: str, models: Any, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     code = run_cli(monkeypatch, "build", models(), "--out", tmp_path / "a.plan", option, value)
     assert code == UsageError.exit_code
